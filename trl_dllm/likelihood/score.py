@@ -1,0 +1,139 @@
+"""Running views through a model: per-token log-probs and entropies of a rollout's completions."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..models import MaskedDiffusionSpec, apply_head, attention_mask, entropy, log_probs, unwrap
+from ..rollout import Rollout
+from .view import IGNORE, Estimator, View, perturb_prompt
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What an estimator says of each completion token.
+
+    Args:
+        logps (`Tensor` of shape (B, L)): log-probs in nats, 0 where not scored.
+        entropies (`Tensor` of shape (B, L)): entropies in nats of the distributions that were scored, 0 elsewhere.
+        scored (`Tensor` of shape (B, L), bool): positions that the estimator gave a log-prob to.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    scored: Tensor
+
+    def __add__(self, other: "TokenScores") -> "TokenScores":
+        return TokenScores(
+            self.logps + other.logps, self.entropies + other.entropies, self.scored | other.scored
+        )
+
+
+def score_view(
+    model: nn.Module,
+    view: View,
+    canvas: int,
+    spec: MaskedDiffusionSpec,
+    temperature: float = 1.0,
+    batch_size: int | None = None,
+    differentiable_entropy: bool = False,
+) -> TokenScores:
+    """Score one view: one forward, or one for each `batch_size` rows. `canvas` is L.
+
+    The log-probs carry gradients where they are enabled; the entropies only if `differentiable_entropy`.
+    """
+    rows = view.input_ids.shape[0]
+    batch_size = batch_size or rows
+    implementation = unwrap(model).config._attn_implementation
+    parts = []
+    for start in range(0, rows, batch_size):
+        part = view[start : start + batch_size]
+        chosen = (part.targets != IGNORE).flatten().nonzero().squeeze(1)
+        inputs = {
+            "input_ids": part.input_ids,
+            "attention_mask": attention_mask(part.attention, implementation, unwrap(model).dtype),
+            "position_ids": part.position_ids,
+        }
+
+        def reduce(logits: Tensor, target: Tensor) -> Tensor:
+            log_p = log_probs(logits, spec.mask_token_id, temperature)
+            token = log_p.gather(1, target[:, None]).squeeze(1)
+            return torch.stack([token, entropy(log_p if differentiable_entropy else log_p.detach())], dim=1)
+
+        # In a shifted family the row before a position predicts it. Targets stand behind at least one prompt token there
+        # (see `token_logps`), so the row before never belongs to the previous sequence.
+        scores = apply_head(model, inputs, chosen - spec.logits_shift, reduce, part.targets.flatten()[chosen])
+        scores = scores * part.weight.flatten()[chosen, None].to(scores.dtype)
+        width = view.input_ids.shape[1]
+        place = chosen // width * canvas + part.index.flatten()[chosen]
+        # index_put with accumulation, so that a position scored at several rows of a view is summed.
+        table = scores.new_zeros(part.input_ids.shape[0] * canvas, 2).index_put((place,), scores, accumulate=True)
+        scored = torch.zeros(len(table), dtype=torch.bool, device=place.device).index_fill(0, place, True)
+        parts.append((table.view(-1, canvas, 2), scored.view(-1, canvas)))
+    table = torch.cat([part[0] for part in parts])
+    return TokenScores(table[..., 0], table[..., 1], torch.cat([part[1] for part in parts]))
+
+
+def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusionSpec) -> None:
+    """Raise ValueError where the model family cannot answer for the estimator or the rollout."""
+    estimator.check(spec.logits_shift)
+    if spec.mask_token_id != rollout.mask_token_id:
+        raise ValueError(
+            f"mask_token_id={rollout.mask_token_id} in the rollout, {spec.mask_token_id} in the model: they do not belong "
+            "together. Draw the rollout with this model, or pass the spec that it was drawn with."
+        )
+    if spec.logits_shift and not rollout.prompt_mask.any(dim=1).all():
+        raise ValueError(
+            f"logits_shift={spec.logits_shift}: this family predicts a position at the row before it, so every row needs a "
+            "prompt of at least one token (a BOS token will do)."
+        )
+
+
+def token_logps(
+    model: nn.Module,
+    rollout: Rollout,
+    estimator: Estimator,
+    temperature: float | None = None,
+    seeds: Tensor | None = None,
+    iteration: int = 0,
+    p_mask_prompt: float = 0.0,
+    batch_size: int | None = None,
+    spec: MaskedDiffusionSpec | None = None,
+    differentiable_entropy: bool = False,
+) -> TokenScores:
+    """Per-token log-probs of a rollout's completions under `model`, as `estimator` defines them.
+
+    Works on a plain model outside any trainer and on a wrapped one. Gradients flow if they are enabled, through all views at
+    once; the trainer takes one view at a time instead.
+
+    Args:
+        model (`nn.Module`): a masked diffusion model.
+        rollout (`Rollout`): B rows of L canvas positions.
+        estimator (`Estimator`): which likelihood.
+        temperature (`float`, *optional*): logits are divided by it; None takes the rollout's own (1 if that is 0).
+        seeds (`Tensor` of shape (B,), int64, *optional*): row seeds of random views; None takes the rollout's `view_seed`.
+        iteration (`int`): inner iteration; random views are drawn anew in each.
+        p_mask_prompt (`float`): probability with which a prompt token is masked (for likelihoods only).
+        batch_size (`int`, *optional*): rows a forward; None runs all rows at once.
+        spec (`MaskedDiffusionSpec`, *optional*): read from the model's config if not given.
+        differentiable_entropy (`bool`): let gradients flow through the entropies.
+
+    Returns:
+        `TokenScores`, (B, L) each. Costs `estimator.num_views(rollout)` forwards a row.
+
+    Raises:
+        ValueError: the estimator does not apply to the model family, or rollout and model disagree on the mask token.
+    """
+    spec = spec or MaskedDiffusionSpec.from_model(model)
+    check_estimator(estimator, rollout, spec)
+    seeds = rollout.view_seed if seeds is None else seeds
+    temperature = rollout.temperature if temperature is None else temperature
+    rollout = perturb_prompt(rollout, p_mask_prompt, seeds, iteration)
+    total = None
+    for n in range(estimator.num_views(rollout)):
+        view = estimator.view(rollout, n, seeds, iteration)
+        canvas = rollout.completion_ids.shape[1]
+        scores = score_view(model, view, canvas, spec, temperature, batch_size, differentiable_entropy)
+        total = scores if total is None else total + scores
+    return total

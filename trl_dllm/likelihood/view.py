@@ -1,0 +1,111 @@
+"""The value between the mathematics and the machinery: what to run the model on, and what to read off it.
+
+An **estimator** turns a rollout into views and knows the paper, nothing else. The scorer (`score.py`) runs views through a
+model and knows no paper.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..models.attention import Attention
+from ..noise import Purpose, uniform
+from ..rollout import Rollout
+
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class View:
+    """One model input and the tokens that are scored on it.
+
+    Args:
+        input_ids (`Tensor` of shape (B, S), int64): what the model sees.
+        position_ids (`Tensor` of shape (B, S), int64): counted without left padding.
+        attention (`Attention`): which columns each row attends to.
+        targets (`Tensor` of shape (B, S), int64): the token to score at that row, -100 for none.
+        index (`Tensor` of shape (B, S), int64): the completion position that the target belongs to.
+        weight (`Tensor` of shape (B, S), float): what its log-prob counts for; several views of a position are summed.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention: Attention
+    targets: Tensor
+    index: Tensor
+    weight: Tensor
+
+    def __getitem__(self, rows: slice) -> "View":
+        return View(
+            self.input_ids[rows],
+            self.position_ids[rows],
+            self.attention[rows],
+            self.targets[rows],
+            self.index[rows],
+            self.weight[rows],
+        )
+
+
+class Estimator:
+    """What a paper says: which views of a rollout a likelihood is read from.
+
+    Subclasses set `stochastic` (views need a draw per inner iteration) and `disjoint` (no position is scored twice), and
+    implement `num_views` and `view`. `view(rollout, n, …)` must also answer for n beyond a rollout's own number of views, by
+    a view that scores nothing: with several processes each of them runs the largest number.
+    """
+
+    stochastic = False
+    disjoint = True
+
+    def num_views(self, rollout: Rollout) -> int:
+        """Forwards that the rollout's rows need."""
+        raise NotImplementedError
+
+    def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
+        """View number n; random views draw from (seeds (B,), iteration) alone."""
+        raise NotImplementedError
+
+    def check(self, logits_shift: int) -> None:
+        """Raise ValueError where a model family has no row that predicts what the estimator scores."""
+
+
+def prompt_positions(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Position ids of the prompt (B, P) and of the canvas (B, L), both counted without left padding."""
+    length = rollout.prompt_mask.sum(dim=1, keepdim=True)
+    prompt = (rollout.prompt_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    canvas = length + torch.arange(rollout.completion_ids.shape[1], device=length.device)
+    return prompt, canvas
+
+
+def canvas_view(rollout: Rollout, visible: Tensor, scored: Tensor, weight: Tensor | None = None) -> View:
+    """The plain denoiser's view: prompt ⊕ canvas, in which `visible` (B, L) positions show their token and the others [MASK].
+
+    `scored` (B, L) positions are targets, with `weight` (B, L) (1 by default). Every row attends to everything but padding.
+    """
+    prompt, prompt_mask, tokens = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids
+    rows, canvas = tokens.shape
+    prompt_position, canvas_position = prompt_positions(rollout)
+    weight = torch.ones_like(rollout.logps) if weight is None else weight
+    return View(
+        input_ids=torch.cat([prompt, tokens.masked_fill(~visible, rollout.mask_token_id)], dim=1),
+        position_ids=torch.cat([prompt_position, canvas_position], dim=1),
+        attention=Attention.padding(torch.cat([prompt_mask, torch.ones_like(visible)], dim=1)),
+        targets=torch.cat([torch.full_like(prompt, IGNORE), tokens.masked_fill(~scored, IGNORE)], dim=1),
+        index=torch.cat([torch.zeros_like(prompt), torch.arange(canvas, device=tokens.device).expand(rows, -1)], dim=1),
+        weight=torch.cat([torch.zeros_like(prompt, dtype=weight.dtype), weight], dim=1),
+    )
+
+
+def perturb_prompt(rollout: Rollout, probability: float, seeds: Tensor, iteration: int) -> Rollout:
+    """The rollout with each prompt token replaced by [MASK] with `probability` (d1; PADRE Algorithm 1 line 7).
+
+    One draw for a row and inner iteration, shared by all of its views and by the old, reference and current policy; keyed by
+    the token's index without padding, so left padding changes nothing.
+    """
+    if probability == 0:
+        return rollout
+    token, _ = prompt_positions(rollout)
+    hit = (uniform(seeds[:, None], iteration, Purpose.PROMPT, token) < probability) & rollout.prompt_mask
+    return replace(rollout, prompt_ids=rollout.prompt_ids.masked_fill(hit, rollout.mask_token_id))

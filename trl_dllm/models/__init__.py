@@ -1,0 +1,43 @@
+"""What a masked diffusion language model is to transformers.
+
+Importing this package registers the native families, so that `AutoConfig`, `AutoModelForCausalLM` and TRL load their Hub
+checkpoints without remote code.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+
+from .attention import NEVER, Attention, attention_mask
+from .dream import DreamConfig, DreamModel
+from .flops import ForwardFlops
+from .head import TILE_ROWS, apply_head, entropy, log_probs, unwrap
+from .llada import KEY_RENAMING, LLaDAConfig, LLaDAModelLM
+from .spec import MaskedDiffusionSpec
+from .tiny import FAMILIES, create_tiny_model
+
+
+__all__ = [
+    "FAMILIES",
+    "NEVER",
+    "TILE_ROWS",
+    "Attention",
+    "DreamConfig",
+    "DreamModel",
+    "ForwardFlops",
+    "LLaDAConfig",
+    "LLaDAModelLM",
+    "MaskedDiffusionSpec",
+    "apply_head",
+    "attention_mask",
+    "create_tiny_model",
+    "entropy",
+    "log_probs",
+    "unwrap",
+]
+
+for _config, _model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    # AutoModel too: Dream's checkpoints, and LLaDA's, name only that one in their auto_map.
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
+register_checkpoint_conversion_mapping("LLaDAModelLM", KEY_RENAMING, overwrite=True)

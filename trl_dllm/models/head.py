@@ -1,0 +1,112 @@
+"""The one output head of sampler, scorer and reports: logits exist for the rows that are asked for, a tile at a time.
+
+A masked diffusion model is called for a few of its positions, but its vocabulary is large: at LLaDA's shapes the (B, S, V)
+logits of one micro-batch take gigabytes, of which the scorer needs a tenth. `apply_head` calls the *wrapped* model (DDP,
+DeepSpeed, PEFT, accelerate's autocast), and redirects the forward of the innermost output head for that one call: it
+selects the rows, pads them to tiles of `TILE_ROWS` and reduces each tile's logits to a few numbers before the next is
+made. Because the result leaves through the model's own output, the hooks of every wrapper see a normal forward.
+
+A tile always has the same number of rows, so a row's numbers have the same bits whatever else is in the batch.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+TILE_ROWS = 64
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside any of DDP, FSDP, DeepSpeed's engine, torch.compile and PEFT."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        elif isinstance(getattr(model, "module", None), nn.Module):  # DDP, FSDP, DeepSpeed
+            model = model.module
+        elif hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def apply_head(
+    model: nn.Module,
+    inputs: dict,
+    rows: Tensor,
+    reduce: Callable[..., Tensor],
+    *row_args: Tensor,
+) -> Tensor:
+    """Run `model(**inputs)` and reduce the logits of the chosen rows.
+
+    Args:
+        model (`nn.Module`): a causal-LM class of transformers, wrapped or not.
+        inputs (`dict`): its forward arguments, without `labels`.
+        rows (`Tensor` of shape (n,) or (n, k), int64): indices into the B·S rows of hidden states; n may be 0. With (n, k)
+            each result is reduced from k rows together (guidance needs two).
+        reduce (`Callable`): `(logits (tile[, k], V), *args (tile, ...)) -> (tile, C)`; must not depend on which rows share a
+            tile.
+        *row_args (`Tensor` of shape (n, ...)): per-row arguments of `reduce`.
+
+    Returns:
+        `Tensor` of shape (n, C). One forward; with gradients enabled each tile is recomputed in the backward pass.
+    """
+    head = unwrap(model).get_output_embeddings()
+    project = head.forward
+
+    def redirected(hidden: Tensor) -> Tensor:
+        chosen = hidden.reshape(-1, hidden.shape[-1])[rows]
+        count = chosen.shape[0]
+        # At least one tile even for no rows: a process with nothing to score must give the head's weights a (zero)
+        # gradient like the others, or sharded training waits for it for ever.
+        tiles = max(1, -(-count // TILE_ROWS))
+        padding = tiles * TILE_ROWS - count
+        chosen = torch.cat([chosen, chosen.new_zeros(padding, *chosen.shape[1:])])
+        args = [torch.cat([arg, arg.new_zeros(padding, *arg.shape[1:])]) for arg in row_args]
+
+        def tile(hidden_rows: Tensor, *tile_args: Tensor) -> Tensor:
+            return reduce(project(hidden_rows), *tile_args)
+
+        outputs = []
+        for start in range(0, tiles * TILE_ROWS, TILE_ROWS):
+            part = [tensor[start : start + TILE_ROWS] for tensor in (chosen, *args)]
+            outputs.append(checkpoint(tile, *part, use_reentrant=False) if torch.is_grad_enabled() else tile(*part))
+        return torch.cat(outputs)[:count]
+
+    with _redirect(head, redirected):
+        return model(**inputs, use_cache=False).logits
+
+
+@contextmanager
+def _redirect(module: nn.Module, forward: Callable):
+    """Replace `module.forward` for the duration of a call; what was there before (a class method, TRL's fp32 cast) returns."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def log_probs(logits: Tensor, mask_token_id: int, temperature: float = 1.0) -> Tensor:
+    """Log-probs over the vocabulary without the mask token, (…, V), in at least float32.
+
+    The mask token is never a legal sample. Its entry is a large negative number, not -inf, so that p·log p is 0 and not NaN.
+    A temperature of 0 (greedy decoding) is scored at 1.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
+    return logits.masked_fill(excluded, torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """Entropy in nats of rows of `log_probs`, (…,)."""
+    return -(log_p.exp() * log_p).sum(dim=-1)

@@ -1,0 +1,126 @@
+"""A rollout: prompts, the completions drawn for them, and how they were drawn."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+_CANVAS_FIELDS = ("completion_ids", "unmask_step", "logps", "counted")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Completions with the trajectory that produced them, aligned by row.
+
+    Args:
+        prompt_ids (`Tensor` of shape (B, P), int64): left-padded prompts; P may be 0.
+        prompt_mask (`Tensor` of shape (B, P), bool): True on prompt tokens, False on padding.
+        completion_ids (`Tensor` of shape (B, L), int64): the final canvas; a position never revealed holds the mask token.
+        unmask_step (`Tensor` of shape (B, L), int64): the decoding step that revealed the position, -1 for never.
+        logps (`Tensor` of shape (B, L), float): nats; the sampler's log-prob of each revealed token, 0 elsewhere.
+        counted (`Tensor` of shape (B, L), bool): positions that the loss counts.
+        view_seed (`Tensor` of shape (B,), int64): everything random in a row's views is a function of it.
+        mask_token_id (`int`): id of the mask token.
+        temperature (`float`): sampling temperature; log-probs of a greedy rollout (0) are taken at 1.
+        num_forwards (`int`): model calls that drew this batch.
+        flops (`int`): forward floating-point operations counted for them.
+
+    Raises:
+        ValueError: shapes disagree, or a position's step and its token contradict each other.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    unmask_step: Tensor
+    logps: Tensor
+    counted: Tensor
+    view_seed: Tensor
+    mask_token_id: int
+    temperature: float = 1.0
+    num_forwards: int = 0
+    flops: int = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "prompt_mask", self.prompt_mask.bool())
+        object.__setattr__(self, "counted", self.counted.bool())
+        rows, canvas = self.completion_ids.shape
+        for name in _CANVAS_FIELDS:
+            shape = tuple(getattr(self, name).shape)
+            if shape != (rows, canvas):
+                raise ValueError(f"Rollout.{name} has shape {shape}; it must be {(rows, canvas)} like completion_ids.")
+        if self.prompt_ids.shape != self.prompt_mask.shape or self.prompt_ids.shape[0] != rows:
+            raise ValueError(
+                f"Rollout.prompt_ids {tuple(self.prompt_ids.shape)} and prompt_mask {tuple(self.prompt_mask.shape)} must "
+                f"both be ({rows}, P)."
+            )
+        if tuple(self.view_seed.shape) != (rows,):
+            raise ValueError(f"Rollout.view_seed has shape {tuple(self.view_seed.shape)}; it must be ({rows},).")
+
+    def validate(self) -> "Rollout":
+        """Check the values too (this reads them back from the device) and return self.
+
+        Raises:
+            ValueError: prompts that are not left-padded, a step that contradicts its token, or a counted position that was
+                never revealed.
+        """
+        if self.prompt_mask.shape[1] and (self.prompt_mask[:, :-1] & ~self.prompt_mask[:, 1:]).any():
+            raise ValueError("Rollout.prompt_mask has padding to the right of a token; prompts must be left-padded.")
+        revealed = self.unmask_step >= 0
+        if (revealed & (self.completion_ids == self.mask_token_id)).any():
+            raise ValueError(
+                f"Rollout.unmask_step says that a position was revealed whose token is the mask ({self.mask_token_id})."
+            )
+        if (~revealed & (self.completion_ids != self.mask_token_id)).any():
+            raise ValueError(
+                "Rollout.completion_ids holds a token where unmask_step is -1; positions never revealed must hold "
+                f"mask_token_id ({self.mask_token_id})."
+            )
+        if (self.counted & ~revealed).any():
+            raise ValueError("Rollout.counted includes a position that was never revealed.")
+        return self
+
+    def __len__(self) -> int:
+        return self.completion_ids.shape[0]
+
+    def __getitem__(self, rows: slice | Tensor) -> "Rollout":
+        """The given rows (a slice, an index tensor or a boolean mask)."""
+        return replace(self, **{name: value[rows] for name, value in self._tensors().items()})
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same rollout with its tensors on `device`."""
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+
+    @property
+    def num_steps(self) -> Tensor:
+        """Decoding steps T that each row took, int64 (B,)."""
+        return self.unmask_step.amax(dim=1) + 1
+
+    @property
+    def revealed(self) -> Tensor:
+        """Positions that were revealed, bool (B, L)."""
+        return self.unmask_step >= 0
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
+    @staticmethod
+    def cat(rollouts: list["Rollout"]) -> "Rollout":
+        """Stack rollouts that have equal widths; counters add up."""
+        first = rollouts[0]
+        stacked = {name: torch.cat([getattr(r, name) for r in rollouts]) for name in first._tensors()}
+        counters = {name: sum(getattr(r, name) for r in rollouts) for name in ("num_forwards", "flops")}
+        return replace(first, **stacked, **counters)
+
+
+def count_until_eos(completion_ids: Tensor, unmask_step: Tensor, eos_token_ids: tuple[int, ...] | list[int]) -> Tensor:
+    """Revealed positions up to and including the first revealed end-of-sequence token, bool (B, L).
+
+    This is how TRL and d1 cut a completion (`loss_tokens: eos`).
+    """
+    revealed = unmask_step >= 0
+    eos = torch.tensor(list(eos_token_ids), dtype=completion_ids.dtype, device=completion_ids.device)
+    is_eos = torch.isin(completion_ids, eos) & revealed
+    behind = (is_eos.long().cumsum(dim=1) - is_eos.long()) > 0  # an EOS stands strictly before
+    return revealed & ~behind

@@ -1,0 +1,192 @@
+"""4x4 Sudoku, generated from a seed.
+
+Only 288 solved grids exist, so a split by puzzle would put every test solution into the training set. The split here
+is by solution: 200 grids are for training, 24 for validation and 64 for testing, whatever the seed. (Grids of two
+splits may still be each other's relabelling.)
+"""
+
+import functools
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .base import Task, check_load_arguments, completion_text, last_answer
+
+
+SPLIT_SIZES = {"train": 200, "validation": 24, "test": 64}
+MAX_BLANKS = 12  # no 4x4 puzzle with fewer than four givens has only one solution
+
+CHAT_PROMPT = (
+    "Complete this 4x4 Sudoku. It is written as 16 digits, row after row from the top left, and a 0 stands for an "
+    "empty cell. In the finished grid each row, each column and each of the four 2x2 corner boxes has the digits 1 to "
+    "4 once, and the given digits are unchanged.\n\n"
+    "Grid: {puzzle}\n\n"
+    "You may work it out step by step first. Finish with all 16 digits of the completed grid, in the same order and "
+    "without spaces, between <answer> and </answer>."
+)
+
+
+@functools.cache
+def solutions() -> tuple[str, ...]:
+    """All 288 solved grids as 16 digits in row order, sorted."""
+    rows = list(itertools.permutations("1234"))
+    grids: list[tuple] = [()]
+    for row_index in range(4):
+        grids = [
+            (*above, row) for above in grids for row in rows if _fits(above, row, second_in_box=row_index % 2 == 1)
+        ]
+    return tuple(sorted("".join(itertools.chain(*grid)) for grid in grids))
+
+
+def _fits(above: tuple, row: tuple, second_in_box: bool) -> bool:
+    if any(other[column] == row[column] for other in above for column in range(4)):
+        return False
+    # If the left box is right, so is the right one: each row has all four digits.
+    return not second_in_box or not set(above[-1][:2]) & set(row[:2])
+
+
+@functools.cache
+def split_solutions(split: str) -> tuple[str, ...]:
+    """The solved grids that belong to a split; a fixed order by hash decides, which no seed changes."""
+    ordered = sorted(solutions(), key=lambda grid: hashlib.sha256(grid.encode()).digest())
+    start = 0
+    for name, size in SPLIT_SIZES.items():
+        if name == split:
+            return tuple(ordered[start : start + size])
+        start += size
+    raise ValueError(f"split must be one of {tuple(SPLIT_SIZES)}, got {split!r}.")
+
+
+@functools.cache
+def _unique_masks(split: str) -> np.ndarray:
+    """(65536, grids of the split) bool: do the cells in bit set `m` determine the grid?"""
+    cells = np.array([[int(digit) for digit in grid] for grid in solutions()])  # (288, 16)
+    mine = np.array([[int(digit) for digit in grid] for grid in split_solutions(split)])  # (G, 16)
+    agree = (mine[:, None] == cells[None]) @ (
+        1 << np.arange(16)
+    )  # (G, 288): the cells that two grids share, as a bit set
+    grid, other = np.nonzero(agree != 0xFFFF)
+    ambiguous = np.zeros((1 << 16, len(mine)), dtype=bool)
+    ambiguous[agree[grid, other], grid] = True
+    # Fewer givens than ambiguous ones are ambiguous as well: pass the mark down to every subset, one cell at a time.
+    for cell in range(16):
+        pairs = ambiguous.reshape(-1, 2, 1 << cell, len(mine))
+        pairs[:, 0] |= pairs[:, 1]
+    return ~ambiguous
+
+
+def _draw_puzzles(split: str, seed: int, min_blanks: int, max_blanks: int) -> Iterator[tuple[str, str]]:
+    """Every (puzzle, solution) of the split once, in random order, the number of blanks drawn evenly."""
+    rng = random.Random(f"sudoku/{split}/{seed}")
+    grids = split_solutions(split)
+    unique = _unique_masks(split)
+    blanks_of_mask = np.array([16 - mask.bit_count() for mask in range(1 << 16)])
+    pools = []  # one per number of blanks: its masks, flat indices of its unique puzzles, a partial shuffle of them
+    for blanks in range(min_blanks, max_blanks + 1):
+        masks = np.flatnonzero(blanks_of_mask == blanks)
+        candidates = np.flatnonzero(unique[masks]).astype(np.int32)
+        if len(candidates):
+            pools.append({"masks": masks, "candidates": candidates, "drawn": 0, "moved": {}})
+    while pools:
+        pool = rng.choice(pools)
+        # Fisher-Yates that stores only the entries it moved: no puzzle comes twice, and a longer run starts the same.
+        first, moved = pool["drawn"], pool["moved"]
+        chosen = rng.randrange(first, len(pool["candidates"]))
+        index = moved.get(chosen, chosen)
+        moved[chosen] = moved.get(first, first)
+        pool["drawn"] += 1
+        if pool["drawn"] == len(pool["candidates"]):
+            pools.remove(pool)
+        row, column = divmod(int(pool["candidates"][index]), len(grids))
+        mask, solution = int(pool["masks"][row]), grids[column]
+        yield "".join(digit if mask >> cell & 1 else "0" for cell, digit in enumerate(solution)), solution
+
+
+def load(
+    split: str,
+    num_examples: int,
+    seed: int = 0,
+    min_blanks: int = 6,
+    max_blanks: int = 10,
+    prompt_format: str = "text",
+    data_dir: str | None = None,
+) -> Dataset:
+    """
+    Different puzzles with one solution each, the solutions from `split` only.
+
+    Columns: `prompt`, `puzzle` (16 digits in row order, 0 where blank), `solution` (16 digits), `completion` (for
+    SFT). With `prompt_format="text"` the prompt is the puzzle and "=", the completion the 16 digits of the solution
+    and nothing else; with "chat" both are messages, and the answer stands in `<answer>` tags. A smaller
+    `num_examples` gives the first rows of a larger one. `data_dir` is not used: nothing is read from disk.
+
+    Raises `ValueError` for an unknown split or format, for blanks outside 1..12, and for more examples than there are
+    puzzles.
+    """
+    check_load_arguments(split, num_examples, prompt_format)
+    if not 1 <= min_blanks <= max_blanks <= MAX_BLANKS:
+        raise ValueError(f"need 1 <= min_blanks <= max_blanks <= {MAX_BLANKS}, got {min_blanks=} and {max_blanks=}.")
+    drawn = list(itertools.islice(_draw_puzzles(split, seed, min_blanks, max_blanks), num_examples))
+    if len(drawn) < num_examples:
+        raise ValueError(
+            f"num_examples={num_examples}, but only {len(drawn)} puzzles of split {split!r} have {min_blanks} to "
+            f"{max_blanks} blanks."
+        )
+    puzzles, solved = (list(column) for column in zip(*drawn, strict=True))
+    if prompt_format == "text":
+        prompts, completions = [f"{puzzle}=" for puzzle in puzzles], solved
+    else:
+        prompts = [[{"role": "user", "content": CHAT_PROMPT.format(puzzle=puzzle)}] for puzzle in puzzles]
+        completions = [[{"role": "assistant", "content": f"<answer>{solution}</answer>"}] for solution in solved]
+    return Dataset.from_dict({"prompt": prompts, "puzzle": puzzles, "solution": solved, "completion": completions})
+
+
+def parse_board(text: str) -> str:
+    """
+    The digits of the answer: those in the last `<answer>…</answer>`, or in all of `text` without one.
+
+    At most 17 are returned, so that a board that is too long can be told from one of 16. Never raises.
+    """
+    answer = last_answer(text)
+    digits = re.finditer("[0-9]", text if answer is None else answer)
+    return "".join(match.group() for match in itertools.islice(digits, 17))
+
+
+def count_cells(board: str, puzzle: str, solution: str) -> tuple[int, int]:
+    """(blanks filled in rightly, blanks): givens never count, and neither do cells beyond the end of `board`."""
+    blanks = [cell for cell, digit in enumerate(puzzle) if digit == "0"]
+    return sum(board[cell : cell + 1] == solution[cell] for cell in blanks), len(blanks)
+
+
+def sudoku_cells_reward(completions: list, puzzle: list[str], solution: list[str], **kwargs) -> list[float]:
+    """The fraction of the blanks filled in rightly, 0 to 1; altered givens neither earn nor cost anything."""
+    rewards = []
+    for completion, given, solved in zip(completions, puzzle, solution, strict=True):
+        right, blanks = count_cells(parse_board(completion_text(completion)), given, solved)
+        rewards.append(right / blanks if blanks else 0.0)
+    return rewards
+
+
+def sudoku_solved_reward(completions: list, solution: list[str], **kwargs) -> list[float]:
+    """1.0 where the answer is the solution, 16 digits and no more, else 0.0."""
+    return [
+        float(parse_board(completion_text(completion)) == solved)
+        for completion, solved in zip(completions, solution, strict=True)
+    ]
+
+
+def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """`correct` (the whole board is right), `cells_correct` and `cells_total` (blanks) of one completion."""
+    board = parse_board(text)
+    right, blanks = count_cells(board, row["puzzle"], row["solution"])
+    return {"correct": board == row["solution"], "cells_correct": right, "cells_total": blanks}
+
+
+TASK = Task(
+    name="sudoku", load=load, rewards={"cells": sudoku_cells_reward, "solved": sudoku_solved_reward}, score=score
+)

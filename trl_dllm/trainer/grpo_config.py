@@ -1,0 +1,252 @@
+"""Settings of `DiffusionGRPOTrainer`: TRL's, and what a diffusion model adds."""
+
+import inspect
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from trl import GRPOConfig
+
+from ..generation import DiffusionGenerationConfig, resolve_schedule
+from ..likelihood import ESTIMATORS, Estimator
+
+
+# TRL options that a diffusion sampler would silently ignore, or that bypass it: field -> (accepted values, why and what instead).
+_REFUSED: dict[str, tuple[tuple, str]] = {
+    "use_vllm": ((False,), "vLLM samples autoregressively; completions are drawn by masked diffusion decoding"),
+    "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
+    "use_transformers_paged": ((False,), "it samples autoregressively; leave it off"),
+    "generation_kwargs": ((None, {}), "they configure autoregressive `generate`; use block_length, diffusion_steps, remasking, …"),
+    "cache_implementation": ((None,), "it configures the autoregressive cache; use `cache`"),
+    "top_p": ((1.0, None), "truncated sampling would draw from another distribution than the one that is scored; use temperature"),
+    "top_k": ((0, None), "truncated sampling would draw from another distribution than the one that is scored; use temperature"),
+    "min_p": ((None, 0.0), "truncated sampling would draw from another distribution than the one that is scored; use temperature"),
+    "repetition_penalty": ((1.0, None), "it changes the sampled distribution but not the scored one; leave it at 1.0"),
+    "use_liger_kernel": ((False,), "it replaces the model's forward, which the scorer runs its own head in; leave it off"),
+    "router_aux_loss_coef": ((None, 0.0), "the scorer does not return a load-balancing loss; leave it at 0"),
+    "cfg_scale": ((0.0,), "the scorer does not follow guidance; use it for generation and evaluation only"),
+}
+
+
+@dataclass
+class DiffusionGRPOConfig(GRPOConfig):
+    """
+    Configuration of [`DiffusionGRPOTrainer`].
+
+    Includes every parameter of TRL's [`~trl.GRPOConfig`] (`max_completion_length` is the canvas length L; `disable_dropout`
+    defaults to `True`, because dropout makes the first ratio differ from 1) and the following ones.
+
+    > Parameters that control the likelihood
+
+    estimator (`str`, *optional*, defaults to `"step_merge"`):
+        Which likelihood the loss is computed from: `"mean_field"` (d1), `"step_merge"` (d2) or `"exact_trajectory"`.
+    num_segments (`int`, *optional*):
+        N of `"step_merge"`: canvases the trajectory is replayed on. `None` takes 8, or the number of decoding steps if that is
+        smaller.
+    estimator_kwargs (`dict[str, Any]`, *optional*):
+        Further arguments of the estimator's constructor.
+    p_mask_prompt (`float`, *optional*, defaults to `0.0`):
+        Probability with which a prompt token is masked when log-probs are computed (d1, d2 and PADRE: 0.15).
+    redraw_views (`bool`, *optional*, defaults to `True`):
+        Whether whatever is random in a likelihood is drawn anew in each inner iteration.
+    score_temperature (`float`, *optional*):
+        Temperature that log-probs are computed at. `None` takes the sampling temperature, so that a token is scored under
+        the distribution that it was drawn from; the published d1 and d2 runs score at 1.0.
+    loss_tokens (`str`, *optional*, defaults to `"eos"`):
+        Tokens that the loss counts: `"eos"`, those up to and including the first EOS, or `"canvas"`, all that were revealed.
+
+    > Parameters that control decoding
+
+    decoding (`str`, *optional*, defaults to `"denoising"`):
+        How completions are drawn: `"denoising"`.
+    block_length (`int`, *optional*):
+        Positions in a block; blocks are decoded left to right. `None` takes the largest divisor of the canvas up to 32.
+    diffusion_steps (`int`, *optional*):
+        Decoding steps for the whole canvas. `None` takes half the canvas (two tokens a step).
+    tokens_per_step (`int`, *optional*):
+        Tokens revealed a step; another way to give `diffusion_steps`.
+    remasking (`str`, *optional*, defaults to `"low_confidence"`):
+        Which drawn tokens are kept: `"low_confidence"`, `"margin"`, `"entropy"`, `"random"` or `"left_to_right"`.
+    confidence_threshold (`float`, *optional*):
+        Keep every position whose measure is above it, and at least one, instead of an even schedule.
+    stop_at_eos (`bool`, *optional*, defaults to `True`):
+        Whether a row that has revealed an EOS at the end of a block is finished. The papers decode the whole canvas.
+    cache (`str`, *optional*):
+        Key/value cache of the sampler. `None` recomputes everything.
+    cfg_scale (`float`, *optional*, defaults to `0.0`):
+        Refused unless 0: the scorer would have to follow the guidance.
+    sampler_batch_size (`int`, *optional*):
+        Rows decoded at a time on a device. `None` takes the whole generation batch.
+    """
+
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Whether to disable dropout. On by default: dropout makes the first ratio differ from 1."},
+    )
+    estimator: str = field(
+        default="step_merge",
+        metadata={"help": f"Which likelihood the loss is computed from: {', '.join(ESTIMATORS)}."},
+    )
+    num_segments: int | None = field(
+        default=None,
+        metadata={
+            "help": "N of step_merge: canvases the trajectory is replayed on. None takes 8, or the number of decoding steps if "
+            "that is smaller."
+        },
+    )
+    estimator_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of the estimator's constructor."}
+    )
+    p_mask_prompt: float = field(
+        default=0.0,
+        metadata={"help": "Probability with which a prompt token is masked when log-probs are computed."},
+    )
+    redraw_views: bool = field(
+        default=True,
+        metadata={"help": "Whether whatever is random in a likelihood is drawn anew in each inner iteration."},
+    )
+    score_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Temperature that log-probs are computed at. None takes the sampling temperature."},
+    )
+    loss_tokens: str = field(
+        default="eos",
+        metadata={
+            "help": "Tokens that the loss counts: 'eos', those up to and including the first EOS, or 'canvas', all revealed.",
+            "choices": ["eos", "canvas"],
+        },
+    )
+    decoding: str = field(default="denoising", metadata={"help": "How completions are drawn: 'denoising'."})
+    block_length: int | None = field(
+        default=None,
+        metadata={"help": "Positions in a block. None takes the largest divisor of the canvas up to 32."},
+    )
+    diffusion_steps: int | None = field(
+        default=None, metadata={"help": "Decoding steps for the whole canvas. None takes half the canvas."}
+    )
+    tokens_per_step: int | None = field(
+        default=None, metadata={"help": "Tokens revealed a step; another way to give diffusion_steps."}
+    )
+    remasking: str = field(
+        default="low_confidence",
+        metadata={
+            "help": "Which drawn tokens are kept: 'low_confidence', 'margin', 'entropy', 'random' or 'left_to_right'."
+        },
+    )
+    confidence_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Keep every position whose measure is above it, and at least one, instead of an even schedule."},
+    )
+    stop_at_eos: bool = field(
+        default=True, metadata={"help": "Whether a row that has revealed an EOS at the end of a block is finished."}
+    )
+    cache: str | None = field(
+        default=None, metadata={"help": "Key/value cache of the sampler. None recomputes everything."}
+    )
+    cfg_scale: float = field(
+        default=0.0, metadata={"help": "Refused unless 0: the scorer would have to follow the guidance."}
+    )
+    sampler_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows decoded at a time on a device. None takes the whole generation batch."}
+    )
+
+    # Fields that TrainingArguments parses from a JSON string on the command line.
+    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.validate()
+
+    def validate(self) -> None:
+        """Check the diffusion settings and the TRL options that do not apply; fill in what was left to None.
+
+        Raises:
+            ValueError: naming the field, its value and what would be right.
+        """
+        for name, (accepted, why) in _REFUSED.items():
+            if getattr(self, name, accepted[0]) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} does not apply to a diffusion model: {why}.")
+        if not 0 <= self.p_mask_prompt < 1:
+            raise ValueError(f"p_mask_prompt={self.p_mask_prompt} must be in [0, 1); the papers use 0.15.")
+        if self.loss_tokens not in ("eos", "canvas"):
+            raise ValueError(f"loss_tokens={self.loss_tokens!r} is unknown; choose 'eos' or 'canvas'.")
+        if self.score_temperature is not None and self.score_temperature <= 0:
+            raise ValueError(f"score_temperature={self.score_temperature} must be positive; 1.0 is the un-tempered model.")
+        if self.sampler_batch_size is not None and self.sampler_batch_size < 1:
+            raise ValueError(f"sampler_batch_size={self.sampler_batch_size} must be at least 1, or None for all rows.")
+        if self.max_completion_length is None:
+            raise ValueError("max_completion_length=None: a diffusion model needs the length of its canvas; set a number.")
+        resolve_schedule(
+            self.max_completion_length,
+            self.block_length,
+            self.diffusion_steps,
+            self.tokens_per_step,
+            self.confidence_threshold is None,
+            canvas_name="max_completion_length",
+        )
+        steps = self.generation_config().diffusion_steps  # checks the remaining decoding fields
+        self._resolve_estimator(steps if self.confidence_threshold is None else self.max_completion_length)
+        self.build_estimator()
+
+    def _resolve_estimator(self, steps: int) -> None:
+        if self.estimator not in ESTIMATORS:
+            near = get_close_matches(str(self.estimator), ESTIMATORS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"estimator={self.estimator!r} is unknown; {hint}Known ones: {', '.join(ESTIMATORS)}.")
+        if self.estimator != "step_merge":
+            if self.num_segments is not None:
+                raise ValueError(
+                    f"num_segments={self.num_segments} belongs to estimator='step_merge', not to {self.estimator!r}; remove it."
+                )
+        elif self.num_segments is None:
+            self.num_segments = (self.estimator_kwargs or {}).get("num_segments") or min(8, steps)
+        if self.num_segments is not None and not 1 <= self.num_segments <= steps:
+            raise ValueError(
+                f"num_segments={self.num_segments} must be between 1 and the number of decoding steps, {steps}: further "
+                "segments would be empty forwards."
+            )
+
+    def build_estimator(self) -> Estimator:
+        """The estimator that the fields describe."""
+        estimator = ESTIMATORS[self.estimator]
+        kwargs = dict(self.estimator_kwargs or {})
+        known = [name for name in inspect.signature(estimator.__init__).parameters if name != "self"]
+        for name in kwargs:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"it takes {known or 'no arguments'}."
+                raise ValueError(f"estimator_kwargs: {self.estimator!r} has no argument {name!r}; {hint}")
+        if self.num_segments is not None:
+            kwargs["num_segments"] = self.num_segments
+        return estimator(**kwargs)
+
+    def generation_config(self, eos_token_ids=None, pad_token_id=None) -> DiffusionGenerationConfig:
+        """The sampler's settings."""
+        return DiffusionGenerationConfig(
+            max_new_tokens=self.max_completion_length,
+            block_length=self.block_length,
+            diffusion_steps=self.diffusion_steps,
+            tokens_per_step=self.tokens_per_step,
+            temperature=self.temperature,
+            remasking=self.remasking,
+            confidence_threshold=self.confidence_threshold,
+            stop_at_eos=self.stop_at_eos,
+            decoding=self.decoding,
+            cache=self.cache,
+            eos_token_ids=eos_token_ids,
+            pad_token_id=pad_token_id,
+        )
+
+    @classmethod
+    def from_stock(cls, args: GRPOConfig) -> "DiffusionGRPOConfig":
+        """A stock GRPOConfig with the diffusion fields at their defaults."""
+        # Not rebuilt from its fields: TRL's __post_init__ has resolved some of them and would refuse its own result.
+        config = object.__new__(cls)
+        config.__dict__.update(args.__dict__)
+        stock = {f.name for f in fields(GRPOConfig)}
+        for f in fields(cls):
+            if f.name not in stock:
+                setattr(config, f.name, f.default)
+        config.disable_dropout = True
+        config.validate()
+        return config

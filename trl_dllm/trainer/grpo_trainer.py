@@ -1,0 +1,479 @@
+"""TRL's GRPOTrainer for masked diffusion language models.
+
+Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Overridden are:
+
+- `_generate_single_turn`: completions are drawn by masked diffusion decoding; the whole canvas is kept.
+- `_generate_and_score_completions`: the canvas and its trajectory are put beside each completion, and travel with it.
+- `_get_per_token_logps_and_entropies`: the one place where TRL asks for log-probs, for the old, the reference and the current
+  policy alike. An estimator answers.
+- `_compute_loss`: TRL's loss, back-propagated one view at a time.
+"""
+
+import inspect
+import tempfile
+import textwrap
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, ProcessorMixin
+from trl import GRPOConfig, GRPOTrainer
+from trl.extras.profiling import profiling_context
+from trl.models.utils import unwrap_model_for_generation
+
+from ..generation import generate
+from ..likelihood import Estimator, TokenScores, check_estimator, perturb_prompt, score_view
+from ..models import ForwardFlops, MaskedDiffusionSpec, unwrap
+from ..noise import row_seeds
+from ..rollout import Rollout
+from .grpo_config import DiffusionGRPOConfig
+from .segmented_backward import segmented_backward
+
+
+# The methods of TRL that are overridden, and the parameters that the overrides rely on.
+_TRL_INTERFACE = {
+    "_generate": ("prompts",),
+    "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
+    "_generate_and_score_completions": ("inputs",),
+    "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    "_compute_loss": ("model", "inputs"),
+}
+
+# Losses whose gradient with respect to a token's log-prob depends on that log-prob alone.
+SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+
+_NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
+
+
+def check_trl(trainer_class: type = GRPOTrainer) -> None:
+    """Raise RuntimeError unless the installed TRL has the methods that this trainer overrides."""
+    for name, parameters in _TRL_INTERFACE.items():
+        method = getattr(trainer_class, name, None)
+        found = list(inspect.signature(method).parameters) if method else []
+        missing = [parameter for parameter in parameters if parameter not in found]
+        if method is None or missing:
+            import trl
+
+            raise RuntimeError(
+                f"trl {trl.__version__}: {trainer_class.__name__}.{name} "
+                + (f"has no parameter {missing[0]!r}" if method else "does not exist")
+                + "; trl_dllm overrides it and would silently train something else. Install trl>=1.15,<2."
+            )
+
+
+class DiffusionGRPOTrainer(GRPOTrainer):
+    """
+    GRPO for masked diffusion language models (LLaDA, Dream, …), with d2's and d1's likelihoods.
+
+    Takes the arguments of TRL's [`~trl.GRPOTrainer`] (except tools, environments and custom rollouts, which assume an
+    autoregressive sampler) and, besides:
+
+    Args:
+        args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
+        estimator ([`~trl_dllm.likelihood.Estimator`], *optional*): the likelihood, instead of the one that `args` names.
+
+    Raises:
+        ValueError: before any weight is loaded, a model that is no masked diffusion model, or an option that does not apply.
+        RuntimeError: an installed TRL whose methods are not the ones overridden here.
+
+    Example:
+
+    ```python
+    from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+    trainer = DiffusionGRPOTrainer(
+        model="GSAI-ML/LLaDA-8B-Instruct",
+        reward_funcs=reward,
+        args=DiffusionGRPOConfig(estimator="step_merge", num_segments=8, max_completion_length=256),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "grpo", "trl-dllm", "masked-diffusion"]
+    _name = "Diffusion GRPO"
+
+    def __init__(self, model, reward_funcs=None, args=None, *positional, estimator: Estimator | None = None, **kwargs):
+        check_trl()
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = DiffusionGRPOConfig(f"{(name or 'model').split('/')[-1]}-GRPO")
+        elif not isinstance(args, DiffusionGRPOConfig):
+            if not isinstance(args, GRPOConfig):
+                raise TypeError(f"args must be a DiffusionGRPOConfig, got {type(args).__name__}.")
+            args = DiffusionGRPOConfig.from_stock(args)
+        bound = inspect.signature(GRPOTrainer.__init__).bind_partial(None, model, reward_funcs, args, *positional, **kwargs)
+        for name in _NOT_APPLICABLE:
+            if bound.arguments.get(name):
+                raise ValueError(
+                    f"{name}={bound.arguments[name]!r} does not apply to a diffusion model: it joins several generations or "
+                    "samples by itself, and the trajectory of the completion would be lost. Remove it."
+                )
+        tokenizer = bound.arguments.get("processing_class")
+        if isinstance(tokenizer, ProcessorMixin):
+            raise ValueError(
+                f"processing_class={type(tokenizer).__name__} is a multimodal processor; only text models are supported. Pass "
+                "the model's tokenizer."
+            )
+        args.router_aux_loss_coef = 0.0  # mixture-of-experts configs may bring one of their own
+        config = self._read_config(model, args)
+        self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
+        self.estimator = estimator if estimator is not None else args.build_estimator()
+        self.estimator.check(self.spec.logits_shift)
+        self._rollout: Rollout | None = None  # the generation batch while it is drawn and scored
+        self._scored: list[Tensor] = []  # (B, K, L) log-probs of the generation batch, in the order TRL asks: old, reference
+        self._loss_scores: TokenScores | None = None  # what TRL's loss is to be evaluated on
+        self._loss_batch: tuple[Rollout, int, int] | None = None  # micro-batch, inner iteration, number of views
+        self._generation_round = (-1, 0)  # (global step, generation batches drawn in it)
+        self._flops = {"counted": 0, "paper": 0}
+
+        with self._reference_source(model, args, bound.arguments.get("peft_config")):
+            super().__init__(model, reward_funcs, args, *positional, **kwargs)
+
+        # Again, now with the checkpoint's own tokenizer.
+        self.spec = MaskedDiffusionSpec.from_config(unwrap(self.model).config, self._tokenizer)
+        self.sampling = args.generation_config(self.eos_token_ids, self._tokenizer.pad_token_id)
+        self._count_flops = ForwardFlops(self.model)
+        self._parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
+        self._warn_about_save_steps()
+
+    @staticmethod
+    def _read_config(model, args):
+        if not isinstance(model, str):
+            if isinstance(model, torch.nn.Module):
+                config = unwrap(model).config
+                # TRL builds the reference model, and PEFT and the Hub reload this one, through AutoModelForCausalLM.
+                if not isinstance(config, tuple(AutoModelForCausalLM._model_mapping.keys())):
+                    AutoModelForCausalLM.register(type(config), type(unwrap(model)), exist_ok=True)
+                return config
+            raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}.")
+        init_kwargs = args.model_init_kwargs or {}
+        return AutoConfig.from_pretrained(
+            model, revision=init_kwargs.get("revision"), trust_remote_code=init_kwargs.get("trust_remote_code", False)
+        )
+
+    @staticmethod
+    @contextmanager
+    def _reference_source(model, args, peft_config):
+        """Give TRL a folder to load the reference model from, where the policy was made in memory and has no name."""
+        needed = args.beta != 0 and peft_config is None and isinstance(model, torch.nn.Module)
+        if not needed or hasattr(model, "peft_config") or model.config._name_or_path:
+            yield
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model.config._name_or_path = folder
+            try:
+                yield
+            finally:
+                model.config._name_or_path = ""
+
+    def _warn_about_save_steps(self) -> None:
+        cycle = self.args.steps_per_generation * self.num_iterations
+        if self.args.save_strategy == "steps" and self.args.save_steps * self.args.gradient_accumulation_steps % cycle:
+            import warnings
+
+            warnings.warn(
+                f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run resumed from it "
+                f"draws its completions anew. Multiples of {max(1, cycle // self.args.gradient_accumulation_steps)} resume "
+                "exactly.",
+                stacklevel=3,
+            )
+
+    # ------------------------------------------------------------------------------------------------------- generation
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        """Draw the generation batch; TRL gets the completions cut behind their first EOS, the canvas is kept."""
+        device = self.accelerator.device
+        width = max(len(ids) for ids in prompt_ids)
+        pad = self._tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompt_ids], device=device).long()
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids], device=device).bool()
+        with (
+            profiling_context(self, "diffusion.generate"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            rollout = generate(
+                model,
+                ids.view(len(prompt_ids), width),
+                mask.view(len(prompt_ids), width),
+                self.sampling,
+                seeds=self._row_seeds(len(prompt_ids), device),
+                spec=self.spec,
+                batch_size=self.args.sampler_batch_size,
+                still_running=self._any_process,
+            )
+        completions = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
+        if self.args.loss_tokens == "canvas":
+            rollout = replace(rollout, counted=rollout.revealed)
+        self._rollout = rollout
+        return completions, None
+
+    def _row_seeds(self, rows: int, device) -> Tensor:
+        """Seeds of this process's rows: functions of the run's seed, the optimizer step and the row's global number."""
+        step, rounds = self._generation_round
+        rounds = rounds + 1 if step == self.state.global_step else 0
+        self._generation_round = (self.state.global_step, rounds)
+        row = torch.arange(rows, device=device) + self.accelerator.process_index * rows
+        return row_seeds(self.args.seed, 0 if self.model.training else 1, self.state.global_step, rounds, row)
+
+    def _any_process(self, running: bool) -> bool:
+        """Whether any process is still decoding; sharded weights need a forward from every process."""
+        sharded = self.is_fsdp_enabled or (
+            self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            and not self.args.ds3_gather_for_generation
+        )
+        if not sharded:
+            return running
+        flag = torch.tensor([running], dtype=torch.int64, device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).any())
+
+    def _generate(self, prompts, *args, **kwargs):
+        outputs = super()._generate(prompts, *args, **kwargs)
+        # The index of the extra fields moved between versions of TRL. Reward functions get them like dataset columns.
+        extra = next(value for value in outputs if isinstance(value, dict))
+        extra["unmask_step"] = self._rollout.unmask_step.tolist()
+        return outputs
+
+    def _generate_and_score_completions(self, inputs):
+        training = self.model.training
+        self._scored = []
+        outputs = super()._generate_and_score_completions(inputs)
+        rollout, self._rollout = self._rollout, None
+
+        # TRL zeroes the mask of truncated completions (mask_truncated_completions); everything else is ours.
+        kept = outputs["completion_mask"].any(dim=1, keepdim=True)
+        mask = rollout.counted & kept
+        outputs["completion_ids"] = rollout.completion_ids
+        outputs["completion_mask"] = mask.long()
+        outputs["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
+        outputs["unmask_step"] = rollout.unmask_step
+        outputs["counted"] = rollout.counted
+        outputs["rollout_logps"] = rollout.logps
+        outputs["view_seed"] = rollout.view_seed
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            if name in outputs:
+                outputs[name] = self._scored.pop(0).masked_fill(~rollout.counted[:, None], 0)
+        self._record_generation(rollout, training)
+        return outputs
+
+    # ---------------------------------------------------------------------------------------------------------- scoring
+
+    @property
+    def _num_draws(self) -> int:
+        """Inner iterations for which old and reference log-probs differ because something random is drawn in each."""
+        random = self.estimator.stochastic or self.args.p_mask_prompt > 0
+        return self.num_iterations if random and self.args.redraw_views and self.model.training else 1
+
+    def _num_views(self, rollout: Rollout) -> int:
+        """The largest number of views over all processes: each of them makes as many forwards as the others."""
+        views = torch.tensor([self.estimator.num_views(rollout)], device=self.accelerator.device)
+        return int(self.accelerator.gather(views).max()) if self.accelerator.num_processes > 1 else int(views)
+
+    def _score_view(self, model, rollout: Rollout, n: int, iteration: int, batch_size: int | None = None) -> TokenScores:
+        """Scores of view n of a rollout whose prompt is already perturbed."""
+        view = self.estimator.view(rollout, n, rollout.view_seed, iteration)
+        temperature = self.args.score_temperature or rollout.temperature
+        canvas = rollout.completion_ids.shape[1]
+        with self.accelerator.autocast():
+            scores = score_view(
+                model, view, canvas, self.spec, temperature, batch_size, differentiable_entropy=self._entropy_bonus_enabled
+            )
+        rows, width = view.input_ids.shape
+        passes = 1
+        if torch.is_grad_enabled() and self.model.training:  # the backward pass, and what it recomputes
+            passes += (1 if self._frozen_backbone else 2) + bool(self.args.gradient_checkpointing)
+        self._flops["counted"] += passes * self._count_flops(rows, width, width, int(scores.scored.sum()))
+        return scores
+
+    def _score(self, model, rollout: Rollout, iteration: int, views: int, batch_size: int | None = None) -> TokenScores:
+        rollout = perturb_prompt(rollout, self.args.p_mask_prompt, rollout.view_seed, iteration)
+        total = None
+        for n in range(views):
+            scores = self._score_view(model, rollout, n, iteration, batch_size)
+            total = scores if total is None else total + scores
+        return total
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        """Log-probs of the batch that is being scored or trained on; TRL's own tensors only say how wide it wants them."""
+        if self._loss_scores is not None:  # TRL's loss, evaluated on log-probs that are already there
+            return self._loss_scores.logps, self._loss_scores.entropies, None
+        if self._loss_batch is not None:
+            rollout, iteration, views = self._loss_batch
+            scores = self._score(model, rollout, iteration, views)
+            return scores.logps, scores.entropies, None
+        # The generation batch under the old or the reference policy: on the full canvas, for every inner iteration. TRL gets a
+        # placeholder of the width that it cut its completions to; `_generate_and_score_completions` puts the real ones in.
+        check_estimator(self.estimator, self._rollout, self.spec)
+        views = self._num_views(self._rollout)
+        draws = [self._score(model, self._rollout, k, views, batch_size).logps for k in range(self._num_draws)]
+        self._scored.append(torch.stack(draws, dim=1))
+        return input_ids.new_zeros(input_ids.shape[0], logits_to_keep, dtype=torch.float32), None, None
+
+    # ------------------------------------------------------------------------------------------------------------- loss
+
+    @property
+    def _inner_iteration(self) -> int:
+        """Which pass over the generation buffer this is; it advances once every `steps_per_generation` micro-steps."""
+        return (self._step // self.args.steps_per_generation) % self.num_iterations if self.model.training else 0
+
+    @property
+    def _separable(self) -> bool:
+        """Whether dL/dlogp of a token is known from that token alone."""
+        return (
+            self.estimator.disjoint
+            and self.loss_type in SEPARABLE_LOSSES
+            and self.importance_sampling_level == "token"
+            and self.off_policy_mask_threshold is None
+            and self.top_entropy_quantile == 1.0
+            and not self._entropy_bonus_enabled
+        )
+
+    def _compute_loss(self, model, inputs):
+        draw = min(self._inner_iteration, self._num_draws - 1)
+        inputs = dict(inputs)
+        for name in ("old_per_token_logps", "ref_per_token_logps"):
+            if name in inputs:
+                inputs[name] = inputs[name][:, draw]
+        rollout = Rollout(
+            prompt_ids=inputs["prompt_ids"],
+            prompt_mask=inputs["prompt_mask"],
+            completion_ids=inputs["completion_ids"],
+            unmask_step=inputs["unmask_step"],
+            logps=inputs["rollout_logps"],
+            counted=inputs["counted"],
+            view_seed=inputs["view_seed"],
+            mask_token_id=self.spec.mask_token_id,
+            temperature=self.temperature,
+        )
+        check_estimator(self.estimator, rollout, self.spec)
+        views = self._num_views(rollout)
+        self._loss_batch = (rollout, draw, views)
+        try:
+            if views == 1 or not torch.is_grad_enabled():
+                return super()._compute_loss(model, inputs)
+            return self._segmented_loss(model, inputs, rollout, draw, views)
+        finally:
+            self._loss_batch = self._loss_scores = None
+
+    def _segmented_loss(self, model, inputs, rollout: Rollout, draw: int, views: int) -> Tensor:
+        """TRL's loss, one forward and one backward at a time; see `segmented_backward`."""
+        perturbed = perturb_prompt(rollout, self.args.p_mask_prompt, rollout.view_seed, draw)
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+        def loss(scores: TokenScores, record: bool) -> Tensor:
+            self._loss_scores = scores
+            metrics = self._metrics
+            if not record:
+                self._metrics = defaultdict(lambda: defaultdict(list))
+            try:
+                return super(DiffusionGRPOTrainer, self)._compute_loss(model, inputs)
+            finally:
+                self._metrics, self._loss_scores = metrics, None
+
+        @contextmanager
+        def defer_sync():
+            # Otherwise DDP would reduce gradients, and DeepSpeed's wrapper step the optimizer, once a view.
+            state = self.accelerator.gradient_state
+            before = state.sync_gradients
+            state._set_sync_gradients(False)
+            try:
+                with nullcontext() if deepspeed else self.accelerator.no_sync(model):
+                    yield
+            finally:
+                state._set_sync_gradients(before)
+
+        def backward(surrogate: Tensor) -> None:
+            self.accelerator.backward(surrogate, **({"scale_wrt_gas": False} if deepspeed else {}))
+
+        filler = None
+        if self._separable:
+            filler = inputs.get("old_per_token_logps", torch.zeros_like(rollout.logps))
+        return segmented_backward(
+            views, lambda n: self._score_view(model, perturbed, n, draw), loss, backward, defer_sync, filler
+        )
+
+    # ---------------------------------------------------------------------------------------------------------- metrics
+
+    def _record_generation(self, rollout: Rollout, training: bool) -> None:
+        """Log the sampler's speed and the run's floating-point operations so far, over all processes."""
+        metrics = self._metrics["train" if training else "eval"]
+        decoded = rollout.revealed.sum() / rollout.num_steps.sum()
+        metrics["sampling/tokens_per_forward"].append(self.accelerator.gather(decoded).mean().item())
+        metrics["sampling/steps"].append(self.accelerator.gather(rollout.num_steps.float().mean()).mean().item())
+        if not training:
+            return
+        self._flops["counted"] += rollout.flops
+        self._flops["paper"] += self._paper_flops(rollout)
+        totals = torch.tensor([[self._flops["counted"], self._flops["paper"]]], dtype=torch.float64)
+        totals = self.accelerator.gather(totals.to(self.accelerator.device)).sum(dim=0).tolist()
+        metrics["flops"] = [totals[0]]
+        metrics["flops_paper"] = [totals[1]]
+
+    def _paper_flops(self, rollout: Rollout) -> int:
+        """d2 App. C.2 for this process's completions: sampling, old and reference log-probs, and every inner update."""
+        tokens = rollout.completion_ids.numel()
+        views = self.estimator.num_views(rollout)
+        old = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
+        scored = (old + (self.beta != 0)) * self._num_draws * views * 2
+        update = self.num_iterations * views * (4 if self._frozen_backbone else 6)
+        return tokens * self._parameters * (2 * int(rollout.num_steps.max()) + scored + update)
+
+    # -------------------------------------------------------------------------------------------------------- model card
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """TRL's model card, with this library's way to generate instead of an autoregressive pipeline."""
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if not self.is_world_process_zero():
+            return
+        rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.sampling)
+
+
+def rewrite_quick_start(folder: str, model_id: str | None, sampling) -> None:
+    """Replace the quick start of a model card in `folder` by one that decodes with masked diffusion."""
+    from pathlib import Path
+
+    card = Path(folder) / "README.md"
+    if not card.exists():
+        return
+    text = card.read_text()
+    start = text.find("```python")
+    end = text.find("```", start + 3)
+    if start < 0 or end < 0:
+        return
+    snippet = textwrap.dedent(
+        f"""\
+        ```python
+        import trl_dllm  # registers the model family
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl_dllm.generation import DiffusionGenerationConfig, generate
+
+        model = AutoModelForCausalLM.from_pretrained("{model_id}")
+        tokenizer = AutoTokenizer.from_pretrained("{model_id}", padding_side="left")
+        prompts = tokenizer(["…"], return_tensors="pt", padding=True)
+        config = DiffusionGenerationConfig(
+            max_new_tokens={sampling.max_new_tokens}, block_length={sampling.block_length},
+            diffusion_steps={sampling.diffusion_steps}, temperature=0.0,
+        )
+        rollout = generate(model, prompts["input_ids"], prompts["attention_mask"], config)
+        print(tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True))
+        ```"""
+    )
+    card.write_text(text[:start] + snippet + text[end + 3 :])
+
+
