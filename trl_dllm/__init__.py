@@ -2,16 +2,16 @@
 
     from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
-Importing the package registers the model families with transformers; the trainers load TRL only when they are asked for.
+Importing the package registers the model families with transformers; the trainers load TRL only when they are asked
+for.
 """
 
 from importlib import import_module
 
 from . import models  # noqa: F401  registers LLaDA, Dream, …
+from ._version import __version__
 from .rollout import Rollout
 
-
-__version__ = "0.1.0.dev0"
 
 _LAZY = {
     "DiffusionGRPOConfig": ".trainer.grpo_config",
@@ -20,7 +20,7 @@ _LAZY = {
     "DiffusionSFTTrainer": ".trainer.sft_trainer",
 }
 
-__all__ = ["Rollout", *_LAZY]
+__all__ = ["Rollout", "__version__", *_LAZY]
 
 
 def __getattr__(name: str):

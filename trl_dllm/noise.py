@@ -1,8 +1,8 @@
 """Counter-based randomness: every draw is a hash of a row's seed and of what the draw is for.
 
-A draw depends on (row seed, inner iteration, purpose, view or step, token index) and on nothing else: not on the batch it
-is made in, the device, the number of processes or the padding. No generator has a state, so there is nothing to save, and
-no global generator is read or re-seeded.
+A draw depends on (row seed, inner iteration, purpose, view or step, token index) and on nothing else: not on the batch
+it is made in, the device, the number of processes or the padding. No generator has a state, so there is nothing to
+save, and no global generator is read or re-seeded.
 """
 
 from enum import IntEnum
@@ -60,8 +60,8 @@ def uniform(*keys: int | Tensor) -> Tensor:
 def row_seeds(seed: int, split: int, step: int, generation_round: int, rows: Tensor) -> Tensor:
     """The view seeds of a generation batch, int64 of `rows`' shape.
 
-    `split` is 0 in training and 1 in evaluation, `step` is `state.global_step` (it survives a resume), `generation_round`
-    counts the generation batches within that step, and `rows` are row numbers in the global batch.
+    `split` is 0 in training and 1 in evaluation, `step` is `state.global_step` (it survives a resume),
+    `generation_round` counts the generation batches within that step, and `rows` are row numbers in the global batch.
     """
     return hash64(seed, Purpose.ROW, split, step, generation_round, rows)
 
@@ -69,8 +69,9 @@ def row_seeds(seed: int, split: int, step: int, generation_round: int, rows: Ten
 def random_ranks(keep: Tensor, *keys: int | Tensor) -> Tensor:
     """Rank of each position in a random order of each row's kept positions, int64 (B, L).
 
-    Ranks of kept positions are a uniformly random permutation of 0..n-1; the other positions come after them. A prefix of
-    the order is a draw without replacement. The draw of a position depends on its index, not on the number of columns.
+    Ranks of kept positions are a uniformly random permutation of 0..n-1; the other positions come after them. A prefix
+    of the order is a draw without replacement. The draw of a position depends on its index, not on the number of
+    columns.
     """
     positions = torch.arange(keep.shape[-1], device=keep.device)
     draws = uniform(*[key[:, None] if isinstance(key, Tensor) and key.dim() == 1 else key for key in keys], positions)

@@ -16,7 +16,8 @@ class Rollout:
     Args:
         prompt_ids (`Tensor` of shape (B, P), int64): left-padded prompts; P may be 0.
         prompt_mask (`Tensor` of shape (B, P), bool): True on prompt tokens, False on padding.
-        completion_ids (`Tensor` of shape (B, L), int64): the final canvas; a position never revealed holds the mask token.
+        completion_ids (`Tensor` of shape (B, L), int64): the final canvas; a position never revealed holds the mask
+            token.
         unmask_step (`Tensor` of shape (B, L), int64): the decoding step that revealed the position, -1 for never.
         logps (`Tensor` of shape (B, L), float): nats; the sampler's log-prob of each revealed token, 0 elsewhere.
         counted (`Tensor` of shape (B, L), bool): positions that the loss counts.
@@ -52,8 +53,8 @@ class Rollout:
                 raise ValueError(f"Rollout.{name} has shape {shape}; it must be {(rows, canvas)} like completion_ids.")
         if self.prompt_ids.shape != self.prompt_mask.shape or self.prompt_ids.shape[0] != rows:
             raise ValueError(
-                f"Rollout.prompt_ids {tuple(self.prompt_ids.shape)} and prompt_mask {tuple(self.prompt_mask.shape)} must "
-                f"both be ({rows}, P)."
+                f"Rollout.prompt_ids {tuple(self.prompt_ids.shape)} and prompt_mask {tuple(self.prompt_mask.shape)} "
+                f"must both be ({rows}, P)."
             )
         if tuple(self.view_seed.shape) != (rows,):
             raise ValueError(f"Rollout.view_seed has shape {tuple(self.view_seed.shape)}; it must be ({rows},).")
@@ -62,15 +63,16 @@ class Rollout:
         """Check the values too (this reads them back from the device) and return self.
 
         Raises:
-            ValueError: prompts that are not left-padded, a step that contradicts its token, or a counted position that was
-                never revealed.
+            ValueError: prompts that are not left-padded, a step that contradicts its token, or a counted position that
+                was never revealed.
         """
         if self.prompt_mask.shape[1] and (self.prompt_mask[:, :-1] & ~self.prompt_mask[:, 1:]).any():
             raise ValueError("Rollout.prompt_mask has padding to the right of a token; prompts must be left-padded.")
         revealed = self.unmask_step >= 0
         if (revealed & (self.completion_ids == self.mask_token_id)).any():
             raise ValueError(
-                f"Rollout.unmask_step says that a position was revealed whose token is the mask ({self.mask_token_id})."
+                "Rollout.unmask_step says that a position was revealed whose token is the mask "
+                f"({self.mask_token_id})."
             )
         if (~revealed & (self.completion_ids != self.mask_token_id)).any():
             raise ValueError(

@@ -11,19 +11,20 @@ class DiffusionGenerationConfig:
 
     Args:
         max_new_tokens (`int`): canvas length L, in tokens.
-        block_length (`int`, *optional*): positions a block; blocks are decoded left to right. None takes the largest divisor of
-            the canvas up to 32.
-        diffusion_steps (`int`, *optional*): decoding steps for the whole canvas, spread evenly over the blocks. None takes half
-            the canvas (two tokens a step), or what `tokens_per_step` says.
+        block_length (`int`, *optional*): positions a block; blocks are decoded left to right. None takes the largest
+            divisor of the canvas up to 32.
+        diffusion_steps (`int`, *optional*): decoding steps for the whole canvas, spread evenly over the blocks. None
+            takes half the canvas (two tokens a step), or what `tokens_per_step` says.
         tokens_per_step (`int`, *optional*): tokens revealed a step; another way to give `diffusion_steps`.
         temperature (`float`): of the categorical draw; 0 takes the most probable token.
-        remasking (`str`): which drawn tokens are kept: "low_confidence" (un-tempered probability of the drawn token), "margin"
-            (top-1 minus top-2), "entropy", "random" or "left_to_right". With "low_confidence" the choice depends on the values
-            just drawn, so the product of the values' probabilities is not a normalised trajectory probability; under the others
-            it is.
-        confidence_threshold (`float`, *optional*): keep every position whose measure is above it, and at least one (Fast-dLLM),
-            instead of the even schedule; `diffusion_steps` then plays no part.
-        stop_at_eos (`bool`): at the end of a block, a row with a revealed EOS is finished and its later blocks stay masked.
+        remasking (`str`): which drawn tokens are kept: "low_confidence" (un-tempered probability of the drawn token),
+            "margin" (top-1 minus top-2), "entropy", "random" or "left_to_right". With "low_confidence" the choice
+            depends on the values just drawn, so the product of the values' probabilities is not a normalised
+            trajectory probability; under the others it is.
+        confidence_threshold (`float`, *optional*): keep every position whose measure is above it, and at least one
+            (Fast-dLLM), instead of the even schedule; `diffusion_steps` then plays no part.
+        stop_at_eos (`bool`): at the end of a block, a row with a revealed EOS is finished and its later blocks stay
+            masked.
         decoding (`str`): "denoising" (the plain bidirectional model).
         cache (`str`, *optional*): None.
         cfg_scale (`float`): classifier-free guidance as in LLaDA, w in u + (w + 1)(c - u); doubles the rows.
@@ -109,7 +110,8 @@ def resolve_schedule(
     if tokens_per_step is not None:
         if diffusion_steps is not None:
             raise ValueError(
-                f"tokens_per_step={tokens_per_step} and diffusion_steps={diffusion_steps} say the same thing twice; set one."
+                f"tokens_per_step={tokens_per_step} and diffusion_steps={diffusion_steps} say the same thing twice; "
+                "set one."
             )
         if tokens_per_step < 1 or block_length % tokens_per_step:
             raise ValueError(

@@ -1,8 +1,8 @@
 """Masked diffusion decoding (METHODS §3.1): blocks left to right, a few tokens kept a step.
 
-In each step the model sees the prompt and the whole canvas, a token is drawn for every masked position of the row's current
-block, and some of them are kept. Rows do not wait for each other: each has its own block and step, so what a row draws does
-not depend on the batch that it is in, and a finished row leaves the batch.
+In each step the model sees the prompt and the whole canvas, a token is drawn for every masked position of the row's
+current block, and some of them are kept. Rows do not wait for each other: each has its own block and step, so what a
+row draws does not depend on the batch that it is in, and a finished row leaves the batch.
 """
 
 from collections.abc import Callable
@@ -38,23 +38,24 @@ def generate(
 ) -> Rollout:
     """Draw one completion a row.
 
-    Exact sampling in at least float32. Nothing global is seeded or read: the same model, prompt and row seed give the same
-    completion in every batch, up to rounding.
+    Exact sampling in at least float32. Nothing global is seeded or read: the same model, prompt and row seed give the
+    same completion in every batch, up to rounding.
 
     Args:
         model (`nn.Module`): a masked diffusion model, wrapped or not.
         prompt_ids (`Tensor` of shape (B, P), int64): left-padded prompts; P may be 0 for an unshifted family.
         prompt_mask (`Tensor` of shape (B, P)): 1 on prompt tokens, 0 on padding.
         config (`DiffusionGenerationConfig`): decoding settings.
-        seeds (`Tensor` of shape (B,), int64, *optional*): one seed a row, also kept as `view_seed`; None hashes the row numbers,
-            so two calls draw the same.
+        seeds (`Tensor` of shape (B,), int64, *optional*): one seed a row, also kept as `view_seed`; None hashes the
+            row numbers, so two calls draw the same.
         spec (`MaskedDiffusionSpec`, *optional*): read from the model's config if not given.
         batch_size (`int`, *optional*): rows decoded at a time; None takes all.
-        still_running (`Callable`): asked before each step whether any process has work left; sharded models need a forward
-            from every process, and a process that is done runs one on a spare row.
+        still_running (`Callable`): asked before each step whether any process has work left; sharded models need a
+            forward from every process, and a process that is done runs one on a spare row.
 
     Returns:
-        `Rollout` of B rows. Costs `diffusion_steps` forwards of P + L tokens a row, fewer with early stop or a threshold.
+        `Rollout` of B rows. Costs `diffusion_steps` forwards of P + L tokens a row, fewer with early stop or a
+        threshold.
 
     Raises:
         ValueError: a model that is no masked diffusion model, or an empty prompt for a shifted family.
@@ -66,8 +67,8 @@ def generate(
         seeds = hash64(Purpose.ROW, torch.arange(rows, device=prompt_ids.device))
     if spec.logits_shift and (rows and not prompt_mask.any(dim=1).all()):
         raise ValueError(
-            f"logits_shift={spec.logits_shift}: this family predicts a position at the row before it, so every row needs a "
-            "prompt of at least one token (a BOS token will do)."
+            f"logits_shift={spec.logits_shift}: this family predicts a position at the row before it, so every row "
+            "needs a prompt of at least one token (a BOS token will do)."
         )
     batch_size = batch_size or max(rows, 1)
     parts = []
@@ -90,7 +91,9 @@ class _Denoising:
         rows, canvas, device = prompt_ids.shape[0], config.max_new_tokens, prompt_ids.device
         self.tokens = torch.full((rows, canvas), spec.mask_token_id, dtype=torch.int64, device=device)
         self.unmask_step = torch.full((rows, canvas), -1, dtype=torch.int64, device=device)
-        self.logps = torch.zeros(rows, canvas, dtype=torch.promote_types(unwrap(model).dtype, torch.float32), device=device)
+        self.logps = torch.zeros(
+            rows, canvas, dtype=torch.promote_types(unwrap(model).dtype, torch.float32), device=device
+        )
         self.block = torch.zeros(rows, dtype=torch.int64, device=device)  # the row's current block
         self.taken = torch.zeros(rows, dtype=torch.int64, device=device)  # steps taken by the row
         self.taken_in_block = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -115,7 +118,9 @@ class _Denoising:
         row, position = candidates.nonzero(as_tuple=True)
         token, logp, value = self._score(active, row, position)
 
-        measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put((row, position), value)
+        measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put(
+            (row, position), value
+        )
         count = self.schedule[self.taken_in_block[active].clamp(max=len(self.schedule) - 1)]
         kept = reveal(measures, candidates, count, config.confidence_threshold)[row, position]
         row, position = active[row[kept]], position[kept]

@@ -12,12 +12,14 @@ VALUE_INDEPENDENT = ("margin", "entropy", "random", "left_to_right")
 def draw_tokens(log_p: Tensor, uniform: Tensor) -> Tensor:
     """Exact categorical samples, int64 (n,), from log-probs (n, V) and one uniform a row.
 
-    Inverse of the cumulative distribution in float64: a third of the cost of Gumbel noise for every token, and without the
-    truncated tail that noise of low precision has.
+    Inverse of the cumulative distribution in float64: a third of the cost of Gumbel noise for every token, and without
+    the truncated tail that noise of low precision has.
     """
     cumulative = log_p.double().exp().cumsum(dim=-1)
-    # Scaled by the last entry, which rounding leaves near 1 and not at it; right=True never picks a token of probability 0.
-    point = uniform.double() * cumulative[:, -1]
+    # Scaled by the last entry, which rounding leaves near 1 and not at it, and kept below it, which the product's
+    # rounding may not do; right=True then never picks a token of probability 0.
+    total = cumulative[:, -1]
+    point = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1)
     return token.clamp(max=log_p.shape[-1] - 1)
 
@@ -39,14 +41,16 @@ def measure(remasking: str, log_p: Tensor, tokens: Tensor, uniform: Tensor) -> T
         return (log_p.exp() * log_p).sum(dim=-1)
     if remasking == "random":
         return uniform.to(log_p.dtype)
-    return torch.zeros_like(uniform, dtype=log_p.dtype)  # left_to_right: all equal, and ties go to the smaller position
+    return torch.zeros_like(
+        uniform, dtype=log_p.dtype
+    )  # left_to_right: all equal, and ties go to the smaller position
 
 
 def reveal(measures: Tensor, candidates: Tensor, count: Tensor, threshold: float | None) -> Tensor:
     """Positions to reveal, bool (B, W), among `candidates` (B, W).
 
-    The `count` (B,) largest measures, ties to the smaller position; or, with a threshold, every measure above it and at
-    least one.
+    The `count` (B,) largest measures, ties to the smaller position; or, with a threshold, every measure above it and
+    at least one.
     """
     order = measures.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1, stable=True)

@@ -25,9 +25,7 @@ class TokenScores:
     scored: Tensor
 
     def __add__(self, other: "TokenScores") -> "TokenScores":
-        return TokenScores(
-            self.logps + other.logps, self.entropies + other.entropies, self.scored | other.scored
-        )
+        return TokenScores(self.logps + other.logps, self.entropies + other.entropies, self.scored | other.scored)
 
 
 def score_view(
@@ -61,8 +59,8 @@ def score_view(
             token = log_p.gather(1, target[:, None]).squeeze(1)
             return torch.stack([token, entropy(log_p if differentiable_entropy else log_p.detach())], dim=1)
 
-        # In a shifted family the row before a position predicts it. Targets stand behind at least one prompt token there
-        # (see `token_logps`), so the row before never belongs to the previous sequence.
+        # In a shifted family the row before a position predicts it. Targets stand behind at least one prompt token
+        # there (see `token_logps`), so the row before never belongs to the previous sequence.
         scores = apply_head(model, inputs, chosen - spec.logits_shift, reduce, part.targets.flatten()[chosen])
         scores = scores * part.weight.flatten()[chosen, None].to(scores.dtype)
         width = view.input_ids.shape[1]
@@ -80,13 +78,13 @@ def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusio
     estimator.check(spec.logits_shift)
     if spec.mask_token_id != rollout.mask_token_id:
         raise ValueError(
-            f"mask_token_id={rollout.mask_token_id} in the rollout, {spec.mask_token_id} in the model: they do not belong "
-            "together. Draw the rollout with this model, or pass the spec that it was drawn with."
+            f"mask_token_id={rollout.mask_token_id} in the rollout, {spec.mask_token_id} in the model: they do not "
+            "belong together. Draw the rollout with this model, or pass the spec that it was drawn with."
         )
     if spec.logits_shift and not rollout.prompt_mask.any(dim=1).all():
         raise ValueError(
-            f"logits_shift={spec.logits_shift}: this family predicts a position at the row before it, so every row needs a "
-            "prompt of at least one token (a BOS token will do)."
+            f"logits_shift={spec.logits_shift}: this family predicts a position at the row before it, so every row "
+            "needs a prompt of at least one token (a BOS token will do)."
         )
 
 
@@ -104,15 +102,16 @@ def token_logps(
 ) -> TokenScores:
     """Per-token log-probs of a rollout's completions under `model`, as `estimator` defines them.
 
-    Works on a plain model outside any trainer and on a wrapped one. Gradients flow if they are enabled, through all views at
-    once; the trainer takes one view at a time instead.
+    Works on a plain model outside any trainer and on a wrapped one. Gradients flow if they are enabled, through all
+    views at once; the trainer takes one view at a time instead.
 
     Args:
         model (`nn.Module`): a masked diffusion model.
         rollout (`Rollout`): B rows of L canvas positions.
         estimator (`Estimator`): which likelihood.
         temperature (`float`, *optional*): logits are divided by it; None takes the rollout's own (1 if that is 0).
-        seeds (`Tensor` of shape (B,), int64, *optional*): row seeds of random views; None takes the rollout's `view_seed`.
+        seeds (`Tensor` of shape (B,), int64, *optional*): row seeds of random views; None takes the rollout's
+            `view_seed`.
         iteration (`int`): inner iteration; random views are drawn anew in each.
         p_mask_prompt (`float`): probability with which a prompt token is masked (for likelihoods only).
         batch_size (`int`, *optional*): rows a forward; None runs all rows at once.

@@ -4,13 +4,13 @@ A row was decoded in T steps, and position i was revealed at step s_i. Cut the T
 
     b_n = floor(n T / N),  n = 0..N.
 
-View n is the canvas as it stood before step b_n: positions with 0 <= s < b_n show their token, all others show [MASK]. It
-scores the positions revealed in its segment, b_n <= s < b_{n+1}, so that
+View n is the canvas as it stood before step b_n: positions with 0 <= s < b_n show their token, all others show [MASK].
+It scores the positions revealed in its segment, b_n <= s < b_{n+1}, so that
 
     log π_N(y) = Σ_n Σ_{i: b_n <= s_i < b_{n+1}} log p(y_i | canvas before step b_n).
 
-With N = 1 everything is predicted from an empty canvas (d1's mean field, Remark 3.4); with N >= T every token is scored on the
-canvas that it was drawn from, which is exact.
+With N = 1 everything is predicted from an empty canvas (d1's mean field, Remark 3.4); with N >= T every token is
+scored on the canvas that it was drawn from, which is exact.
 """
 
 from torch import Tensor
@@ -30,8 +30,9 @@ def segment_view(rollout: Rollout, start: Tensor, end: Tensor) -> View:
 class StepMerge(Estimator):
     """d2-StepMerge: the trajectory likelihood from `num_segments` canvases (d2 Eq. 9).
 
-    Exact for N >= T, d1's one-step mean field for N = 1, TraceRL with shrink k for N = T / k, JustGRPO for a left-to-right
-    sampler at one token a step and N = L. Each row is cut by its own T; a row with T < N has empty segments.
+    Exact for N >= T, d1's one-step mean field for N = 1, TraceRL with shrink k for N = T / k, JustGRPO for a
+    left-to-right sampler at one token a step and N = L. Each row is cut by its own T; a row with T < N has empty
+    segments.
 
     Args:
         num_segments (`int`): N, the number of cuts. Costs N forwards of P + L tokens a row.
@@ -65,8 +66,8 @@ class MeanField(StepMerge):
 class ExactTrajectory(Estimator):
     """The exact trajectory likelihood of any model (d2 Eq. 7; CJ-GRPO; DDPO): StepMerge with one cut a step.
 
-    Equals the sampler's own log-probs when scored at the sampling temperature with an unperturbed prompt. Costs as many
-    forwards of P + L tokens as the slowest row took steps.
+    Equals the sampler's own log-probs when scored at the sampling temperature with an unperturbed prompt. Costs as
+    many forwards of P + L tokens as the slowest row took steps.
     """
 
     def num_views(self, rollout: Rollout) -> int:

@@ -1,7 +1,7 @@
 """The value between the mathematics and the machinery: what to run the model on, and what to read off it.
 
-An **estimator** turns a rollout into views and knows the paper, nothing else. The scorer (`score.py`) runs views through a
-model and knows no paper.
+An **estimator** turns a rollout into views and knows the paper, nothing else. The scorer (`score.py`) runs views
+through a model and knows no paper.
 """
 
 from dataclasses import dataclass, replace
@@ -51,9 +51,9 @@ class View:
 class Estimator:
     """What a paper says: which views of a rollout a likelihood is read from.
 
-    Subclasses set `stochastic` (views need a draw per inner iteration) and `disjoint` (no position is scored twice), and
-    implement `num_views` and `view`. `view(rollout, n, …)` must also answer for n beyond a rollout's own number of views, by
-    a view that scores nothing: with several processes each of them runs the largest number.
+    Subclasses set `stochastic` (views need a draw per inner iteration) and `disjoint` (no position is scored twice),
+    and implement `num_views` and `view`. `view(rollout, n, …)` must also answer for n beyond a rollout's own number of
+    views, by a view that scores nothing: with several processes each of them runs the largest number.
     """
 
     stochastic = False
@@ -80,9 +80,11 @@ def prompt_positions(rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 
 def canvas_view(rollout: Rollout, visible: Tensor, scored: Tensor, weight: Tensor | None = None) -> View:
-    """The plain denoiser's view: prompt ⊕ canvas, in which `visible` (B, L) positions show their token and the others [MASK].
+    """The plain denoiser's view: prompt ⊕ canvas, in which `visible` (B, L) positions show their token and the others
+    [MASK].
 
-    `scored` (B, L) positions are targets, with `weight` (B, L) (1 by default). Every row attends to everything but padding.
+    `scored` (B, L) positions are targets, with `weight` (B, L) (1 by default). Every row attends to everything but
+    padding.
     """
     prompt, prompt_mask, tokens = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids
     rows, canvas = tokens.shape
@@ -93,7 +95,9 @@ def canvas_view(rollout: Rollout, visible: Tensor, scored: Tensor, weight: Tenso
         position_ids=torch.cat([prompt_position, canvas_position], dim=1),
         attention=Attention.padding(torch.cat([prompt_mask, torch.ones_like(visible)], dim=1)),
         targets=torch.cat([torch.full_like(prompt, IGNORE), tokens.masked_fill(~scored, IGNORE)], dim=1),
-        index=torch.cat([torch.zeros_like(prompt), torch.arange(canvas, device=tokens.device).expand(rows, -1)], dim=1),
+        index=torch.cat(
+            [torch.zeros_like(prompt), torch.arange(canvas, device=tokens.device).expand(rows, -1)], dim=1
+        ),
         weight=torch.cat([torch.zeros_like(prompt, dtype=weight.dtype), weight], dim=1),
     )
 
@@ -101,11 +105,11 @@ def canvas_view(rollout: Rollout, visible: Tensor, scored: Tensor, weight: Tenso
 def perturb_prompt(rollout: Rollout, probability: float, seeds: Tensor, iteration: int) -> Rollout:
     """The rollout with each prompt token replaced by [MASK] with `probability` (d1; PADRE Algorithm 1 line 7).
 
-    One draw for a row and inner iteration, shared by all of its views and by the old, reference and current policy; keyed by
-    the token's index without padding, so left padding changes nothing.
+    One draw for a row and inner iteration, shared by all of its views and by the old, reference and current policy;
+    keyed by the token's index without padding, so left padding changes nothing.
     """
     if probability == 0:
         return rollout
     token, _ = prompt_positions(rollout)
-    hit = (uniform(seeds[:, None], iteration, Purpose.PROMPT, token) < probability) & rollout.prompt_mask
+    hit = (uniform(seeds[:, None], Purpose.PROMPT, iteration, token) < probability) & rollout.prompt_mask
     return replace(rollout, prompt_ids=rollout.prompt_ids.masked_fill(hit, rollout.mask_token_id))

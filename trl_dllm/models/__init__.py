@@ -1,7 +1,7 @@
 """What a masked diffusion language model is to transformers.
 
-Importing this package registers the native families, so that `AutoConfig`, `AutoModelForCausalLM` and TRL load their Hub
-checkpoints without remote code.
+Importing this package registers the native families, so that `AutoConfig`, `AutoModelForCausalLM` and TRL load their
+Hub checkpoints without remote code.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,8 +1,8 @@
 """Attention patterns, and the form that each attention backend takes them in.
 
 Every pattern of this library is one rule on two integers a position: **row q sees column k iff key[k] <= query[q], or
-q is k**. A column of level `NEVER` is seen by itself alone (padding, isolated masks), so no row is ever empty: an empty
-softmax is NaN. Patterns stay two small vectors until the model is called.
+q is k**. A column of level `NEVER` is seen by itself alone (padding, isolated masks), so no row is ever empty: an
+empty softmax is NaN. Patterns stay two small vectors until the model is called.
 """
 
 from dataclasses import dataclass
@@ -46,8 +46,9 @@ class Attention:
 def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype):
     """The pattern in the form that an attention backend of transformers takes.
 
-    Padding-only patterns give the (B, S) mask that every backend knows (FlashAttention included). The others give a bool
-    (B, 1, S, S) mask for `sdpa`, an additive one for `eager` (which mishandles bool), a `BlockMask` for `flex_attention`.
+    Padding-only patterns give the (B, S) mask that every backend knows (FlashAttention included). The others give a
+    bool (B, 1, S, S) mask for `sdpa`, an additive one for `eager` (which mishandles bool), a `BlockMask` for
+    `flex_attention`.
 
     Raises:
         ValueError: the backend has no form for the pattern, as FlashAttention has not.

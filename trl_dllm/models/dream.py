@@ -1,7 +1,8 @@
 """Dream (7B Base and Instruct, Dream-Coder, DiffuCoder): Qwen2 with bidirectional attention and shifted logits.
 
-Key and config names are Qwen2's own, so nothing is renamed. The row before a position predicts it, a shift that Dream kept
-from the autoregressive model it was initialised from; the first completion token therefore needs a prompt token before it.
+Key and config names are Qwen2's own, so nothing is renamed. The row before a position predicts it, a shift that Dream
+kept from the autoregressive model it was initialised from; the first completion token therefore needs a prompt token
+before it.
 """
 
 from transformers import Qwen2Config, Qwen2ForCausalLM

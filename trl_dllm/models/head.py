@@ -1,10 +1,11 @@
 """The one output head of sampler, scorer and reports: logits exist for the rows that are asked for, a tile at a time.
 
-A masked diffusion model is called for a few of its positions, but its vocabulary is large: at LLaDA's shapes the (B, S, V)
-logits of one micro-batch take gigabytes, of which the scorer needs a tenth. `apply_head` calls the *wrapped* model (DDP,
-DeepSpeed, PEFT, accelerate's autocast), and redirects the forward of the innermost output head for that one call: it
-selects the rows, pads them to tiles of `TILE_ROWS` and reduces each tile's logits to a few numbers before the next is
-made. Because the result leaves through the model's own output, the hooks of every wrapper see a normal forward.
+A masked diffusion model is called for a few of its positions, but its vocabulary is large: at LLaDA's shapes the (B,
+S, V) logits of one micro-batch take gigabytes, of which the scorer needs a tenth. `apply_head` calls the *wrapped*
+model (DDP, DeepSpeed, PEFT, accelerate's autocast), and redirects the forward of the innermost output head for that
+one call: it selects the rows, pads them to tiles of `TILE_ROWS` and reduces each tile's logits to a few numbers before
+the next is made. Because the result leaves through the model's own output, the hooks of every wrapper see a normal
+forward.
 
 A tile always has the same number of rows, so a row's numbers have the same bits whatever else is in the batch.
 """
@@ -45,10 +46,10 @@ def apply_head(
     Args:
         model (`nn.Module`): a causal-LM class of transformers, wrapped or not.
         inputs (`dict`): its forward arguments, without `labels`.
-        rows (`Tensor` of shape (n,) or (n, k), int64): indices into the B·S rows of hidden states; n may be 0. With (n, k)
-            each result is reduced from k rows together (guidance needs two).
-        reduce (`Callable`): `(logits (tile[, k], V), *args (tile, ...)) -> (tile, C)`; must not depend on which rows share a
-            tile.
+        rows (`Tensor` of shape (n,) or (n, k), int64): indices into the B·S rows of hidden states; n may be 0. With
+            (n, k) each result is reduced from k rows together (guidance needs two).
+        reduce (`Callable`): `(logits (tile[, k], V), *args (tile, ...)) -> (tile, C)`; must not depend on which rows
+            share a tile.
         *row_args (`Tensor` of shape (n, ...)): per-row arguments of `reduce`.
 
     Returns:
@@ -82,7 +83,7 @@ def apply_head(
 
 @contextmanager
 def _redirect(module: nn.Module, forward: Callable):
-    """Replace `module.forward` for the duration of a call; what was there before (a class method, TRL's fp32 cast) returns."""
+    """Replace `module.forward` during a call; what was there before (a method, TRL's fp32 cast) returns."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -97,8 +98,8 @@ def _redirect(module: nn.Module, forward: Callable):
 def log_probs(logits: Tensor, mask_token_id: int, temperature: float = 1.0) -> Tensor:
     """Log-probs over the vocabulary without the mask token, (…, V), in at least float32.
 
-    The mask token is never a legal sample. Its entry is a large negative number, not -inf, so that p·log p is 0 and not NaN.
-    A temperature of 0 (greedy decoding) is scored at 1.
+    The mask token is never a legal sample. Its entry is a large negative number, not -inf, so that p·log p is 0 and
+    not NaN. A temperature of 0 (greedy decoding) is scored at 1.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):

@@ -1,8 +1,10 @@
 """LLaDA (8B Base and Instruct, 1.5): Llama with bidirectional attention under other key names.
 
-Hub checkpoints load without remote code: keys are renamed while loading and renamed back while saving, so a saved folder has
-the Hub's own key names, and its config also carries the names that the original modelling code reads.
+Hub checkpoints load without remote code: keys are renamed while loading and renamed back while saving, so a saved
+folder has the Hub's own key names, and its config also carries the names that the original modelling code reads.
 """
+
+import re
 
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import WeightRenaming
@@ -45,7 +47,8 @@ _ORIGINAL_CONSTANTS = {
 
 
 class LLaDAConfig(LlamaConfig):
-    """Config of LLaDA: reads the original names and writes both, so that the original code can read what is saved here.
+    """Config of LLaDA: reads the original names and writes both, so that the original code can read what is saved
+    here.
 
     Args:
         mask_token_id (`int`, defaults to 126336): id of the mask token.
@@ -86,14 +89,8 @@ class LLaDAConfig(LlamaConfig):
         return {**_ORIGINAL_CONSTANTS, **names, "rope_theta": self.rope_parameters["rope_theta"], **output}
 
 
-class LLaDAModelLM(LlamaForCausalLM):
-    """LLaDA: the row at a position predicts that position."""
-
-    config_class = LLaDAConfig
-
-
-# Applied in order on loading and undone on saving. The head's `ff_out` goes first: the blocks' own `ff_out`, the MLP's down
-# projection, is only told from it by the layer number before it.
+# Applied in order on loading and undone on saving. The head's `ff_out` goes first: the blocks' own `ff_out`, the MLP's
+# down projection, is only told from it by the layer number before it.
 KEY_RENAMING = [
     WeightRenaming(source, target)
     for source, target in (
@@ -112,3 +109,28 @@ KEY_RENAMING = [
         (r"(\d+)\.ff_out\.", r"\1.mlp.down_proj."),
     )
 ]
+
+
+class LLaDAModelLM(LlamaForCausalLM):
+    """LLaDA: the row at a position predicts that position."""
+
+    config_class = LLaDAConfig
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.register_load_state_dict_pre_hook(_own_names)
+
+
+def _own_names(module, state_dict: dict, prefix: str, *_) -> None:
+    """Rename the Hub's keys of a state dict to the module's own.
+
+    `from_pretrained` does so by itself; Trainer resumes and loads its best model by `load_state_dict(strict=False)`,
+    which would match nothing and go on with the wrong weights.
+    """
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key[len(prefix) :]
+        for rule in KEY_RENAMING:
+            for source, target in zip(rule.source_patterns, rule.target_patterns, strict=True):
+                name = re.sub(source, target, name)
+        if prefix + name != key:
+            state_dict[prefix + name] = state_dict.pop(key)

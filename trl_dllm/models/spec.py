@@ -8,7 +8,8 @@ from .head import unwrap
 
 
 _TRANSFORMED_LOGITS = {
-    # The head is called tile by tile inside the model's forward; a function of the logits behind it would act on log-probs.
+    # The head is called tile by tile inside the model's forward; a function of the logits behind it would act on
+    # log-probs.
     "final_logit_softcapping": None,
     "logit_scale": 1.0,
     "logits_scaling": 1.0,
@@ -23,8 +24,8 @@ class MaskedDiffusionSpec:
 
     Args:
         mask_token_id (`int`): id of the mask token.
-        logits_shift (`int`): 0 if the row at a position predicts that position (LLaDA), 1 if the row before it does (Dream,
-            which kept the shift of the autoregressive model it came from).
+        logits_shift (`int`): 0 if the row at a position predicts that position (LLaDA), 1 if the row before it does
+            (Dream, which kept the shift of the autoregressive model it came from).
         block_length (`int`, *optional*): block length that the model was trained for, in tokens; None if it has none.
     """
 
@@ -54,8 +55,8 @@ class MaskedDiffusionSpec:
         """
         if config.model_type.startswith("diffusion_gemma"):
             raise NotImplementedError(
-                f"model_type={config.model_type!r} is a uniform-noise diffusion model: it has no mask token, a token may "
-                "change many times, and no estimator here applies. Use a masked diffusion model (LLaDA, Dream, …)."
+                f"model_type={config.model_type!r} is a uniform-noise diffusion model: it has no mask token, a token "
+                "may change many times, and no estimator here applies. Use a masked diffusion model (LLaDA, Dream, …)."
             )
         text_config = config.get_text_config()
         tokenizer_id = getattr(tokenizer, "mask_token_id", None)
@@ -63,30 +64,31 @@ class MaskedDiffusionSpec:
         if getattr(text_config, "is_causal", True):
             raise ValueError(
                 f"model_type={config.model_type!r} with is_causal={getattr(text_config, 'is_causal', None)!r} is an "
-                "autoregressive model. Masked diffusion needs bidirectional attention: name a diffusion model (LLaDA, Dream, …) "
-                "or, for a stock decoder trained as one, set config.is_causal = False and config.mask_token_id."
+                "autoregressive model. Masked diffusion needs bidirectional attention: name a diffusion model (LLaDA, "
+                "Dream, …) or, for a stock decoder trained as one, set config.is_causal = False and "
+                "config.mask_token_id."
             )
         if mask_token_id is None and tokenizer_id is None:
             raise ValueError(
-                f"mask_token_id is missing: neither the config of this {config.model_type!r} model nor its tokenizer names a "
-                "mask token. Set config.mask_token_id to the id that the model was trained with."
+                f"mask_token_id is missing: neither the config of this {config.model_type!r} model nor its tokenizer "
+                "names a mask token. Set config.mask_token_id to the id that the model was trained with."
             )
         if mask_token_id is not None and tokenizer_id is not None and mask_token_id != tokenizer_id:
             raise ValueError(
-                f"mask_token_id={mask_token_id} in the model's config, but the tokenizer's mask token has id {tokenizer_id}. "
-                "Use the checkpoint's own tokenizer, or set config.mask_token_id to the right one."
+                f"mask_token_id={mask_token_id} in the model's config, but the tokenizer's mask token has id "
+                f"{tokenizer_id}. Use the checkpoint's own tokenizer, or set config.mask_token_id to the right one."
             )
         mask_token_id = tokenizer_id if mask_token_id is None else mask_token_id
         if not 0 <= mask_token_id < text_config.vocab_size:
             raise ValueError(
-                f"mask_token_id={mask_token_id} is outside the model's vocabulary of {text_config.vocab_size} tokens; resize "
-                "the embeddings or name the right token."
+                f"mask_token_id={mask_token_id} is outside the model's vocabulary of {text_config.vocab_size} tokens; "
+                "resize the embeddings or name the right token."
             )
         for name, neutral in _TRANSFORMED_LOGITS.items():
             if getattr(text_config, name, None) not in (None, neutral):
                 raise ValueError(
-                    f"{name}={getattr(text_config, name)} is not supported: this architecture transforms its logits behind "
-                    "the head, which the tiled head would not follow."
+                    f"{name}={getattr(text_config, name)} is not supported: this architecture transforms its logits "
+                    "behind the head, which the tiled head would not follow."
                 )
         return cls(
             mask_token_id=mask_token_id,

@@ -16,7 +16,13 @@ from .llada import LLaDAConfig, LLaDAModelLM
 
 FAMILIES = {"llada": (LLaDAConfig, LLaDAModelLM), "dream": (DreamConfig, DreamModel)}
 
-_SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "mask_token": "<mask>", "unk_token": "<unk>"}
+_SPECIAL = {
+    "pad_token": "<pad>",
+    "eos_token": "<eos>",
+    "bos_token": "<bos>",
+    "mask_token": "<mask>",
+    "unk_token": "<unk>",
+}
 _CHARACTERS = sorted(set(string.printable) - set("\t\r\x0b\x0c"))
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + '\n' }}{% endfor %}"
@@ -31,7 +37,11 @@ def create_tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="left", chat_template=_CHAT_TEMPLATE, model_max_length=4096, **_SPECIAL
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=4096,
+        **_SPECIAL,
     )
 
 

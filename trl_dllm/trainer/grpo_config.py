@@ -3,7 +3,7 @@
 import inspect
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import GRPOConfig
 
@@ -11,18 +11,34 @@ from ..generation import DiffusionGenerationConfig, resolve_schedule
 from ..likelihood import ESTIMATORS, Estimator
 
 
-# TRL options that a diffusion sampler would silently ignore, or that bypass it: field -> (accepted values, why and what instead).
+# TRL options that a diffusion sampler would silently ignore, or that bypass it: field -> (accepted values, why and
+# what instead).
 _REFUSED: dict[str, tuple[tuple, str]] = {
     "use_vllm": ((False,), "vLLM samples autoregressively; completions are drawn by masked diffusion decoding"),
     "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
     "use_transformers_paged": ((False,), "it samples autoregressively; leave it off"),
-    "generation_kwargs": ((None, {}), "they configure autoregressive `generate`; use block_length, diffusion_steps, remasking, …"),
+    "generation_kwargs": (
+        (None, {}),
+        "they configure autoregressive `generate`; use block_length, diffusion_steps, remasking, …",
+    ),
     "cache_implementation": ((None,), "it configures the autoregressive cache; use `cache`"),
-    "top_p": ((1.0, None), "truncated sampling would draw from another distribution than the one that is scored; use temperature"),
-    "top_k": ((0, None), "truncated sampling would draw from another distribution than the one that is scored; use temperature"),
-    "min_p": ((None, 0.0), "truncated sampling would draw from another distribution than the one that is scored; use temperature"),
+    "top_p": (
+        (1.0, None),
+        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
+    ),
+    "top_k": (
+        (0, None),
+        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
+    ),
+    "min_p": (
+        (None, 0.0),
+        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
+    ),
     "repetition_penalty": ((1.0, None), "it changes the sampled distribution but not the scored one; leave it at 1.0"),
-    "use_liger_kernel": ((False,), "it replaces the model's forward, which the scorer runs its own head in; leave it off"),
+    "use_liger_kernel": (
+        (False,),
+        "it replaces the model's forward, which the scorer runs its own head in; leave it off",
+    ),
     "router_aux_loss_coef": ((None, 0.0), "the scorer does not return a load-balancing loss; leave it at 0"),
     "cfg_scale": ((0.0,), "the scorer does not follow guidance; use it for generation and evaluation only"),
 }
@@ -33,16 +49,16 @@ class DiffusionGRPOConfig(GRPOConfig):
     """
     Configuration of [`DiffusionGRPOTrainer`].
 
-    Includes every parameter of TRL's [`~trl.GRPOConfig`] (`max_completion_length` is the canvas length L; `disable_dropout`
-    defaults to `True`, because dropout makes the first ratio differ from 1) and the following ones.
+    Includes every parameter of TRL's [`~trl.GRPOConfig`] (`max_completion_length` is the canvas length L;
+    `disable_dropout` defaults to `True`, because dropout makes the first ratio differ from 1) and the following ones.
 
     > Parameters that control the likelihood
 
     estimator (`str`, *optional*, defaults to `"step_merge"`):
         Which likelihood the loss is computed from: `"mean_field"` (d1), `"step_merge"` (d2) or `"exact_trajectory"`.
     num_segments (`int`, *optional*):
-        N of `"step_merge"`: canvases the trajectory is replayed on. `None` takes 8, or the number of decoding steps if that is
-        smaller.
+        N of `"step_merge"`: canvases the trajectory is replayed on. `None` takes 8, or the number of decoding steps if
+        that is smaller.
     estimator_kwargs (`dict[str, Any]`, *optional*):
         Further arguments of the estimator's constructor.
     p_mask_prompt (`float`, *optional*, defaults to `0.0`):
@@ -50,17 +66,19 @@ class DiffusionGRPOConfig(GRPOConfig):
     redraw_views (`bool`, *optional*, defaults to `True`):
         Whether whatever is random in a likelihood is drawn anew in each inner iteration.
     score_temperature (`float`, *optional*):
-        Temperature that log-probs are computed at. `None` takes the sampling temperature, so that a token is scored under
-        the distribution that it was drawn from; the published d1 and d2 runs score at 1.0.
+        Temperature that log-probs are computed at. `None` takes the sampling temperature, so that a token is scored
+        under the distribution that it was drawn from; the published d1 and d2 runs score at 1.0.
     loss_tokens (`str`, *optional*, defaults to `"eos"`):
-        Tokens that the loss counts: `"eos"`, those up to and including the first EOS, or `"canvas"`, all that were revealed.
+        Tokens that the loss counts: `"eos"`, those up to and including the first EOS, or `"canvas"`, all that were
+        revealed.
 
     > Parameters that control decoding
 
     decoding (`str`, *optional*, defaults to `"denoising"`):
         How completions are drawn: `"denoising"`.
     block_length (`int`, *optional*):
-        Positions in a block; blocks are decoded left to right. `None` takes the largest divisor of the canvas up to 32.
+        Positions in a block; blocks are decoded left to right. `None` takes the largest divisor of the canvas up to
+        32.
     diffusion_steps (`int`, *optional*):
         Decoding steps for the whole canvas. `None` takes half the canvas (two tokens a step).
     tokens_per_step (`int`, *optional*):
@@ -90,8 +108,8 @@ class DiffusionGRPOConfig(GRPOConfig):
     num_segments: int | None = field(
         default=None,
         metadata={
-            "help": "N of step_merge: canvases the trajectory is replayed on. None takes 8, or the number of decoding steps if "
-            "that is smaller."
+            "help": "N of step_merge: canvases the trajectory is replayed on. None takes 8, or the number of decoding "
+            "steps if that is smaller."
         },
     )
     estimator_kwargs: dict[str, Any] | str | None = field(
@@ -112,7 +130,8 @@ class DiffusionGRPOConfig(GRPOConfig):
     loss_tokens: str = field(
         default="eos",
         metadata={
-            "help": "Tokens that the loss counts: 'eos', those up to and including the first EOS, or 'canvas', all revealed.",
+            "help": "Tokens that the loss counts: 'eos', those up to and including the first EOS, or 'canvas', all "
+            "revealed.",
             "choices": ["eos", "canvas"],
         },
     )
@@ -135,7 +154,9 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
     confidence_threshold: float | None = field(
         default=None,
-        metadata={"help": "Keep every position whose measure is above it, and at least one, instead of an even schedule."},
+        metadata={
+            "help": "Keep every position whose measure is above it, and at least one, instead of an even schedule."
+        },
     )
     stop_at_eos: bool = field(
         default=True, metadata={"help": "Whether a row that has revealed an EOS at the end of a block is finished."}
@@ -151,7 +172,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
 
     # Fields that TrainingArguments parses from a JSON string on the command line.
-    _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]
 
     def __post_init__(self):
         super().__post_init__()
@@ -171,11 +192,15 @@ class DiffusionGRPOConfig(GRPOConfig):
         if self.loss_tokens not in ("eos", "canvas"):
             raise ValueError(f"loss_tokens={self.loss_tokens!r} is unknown; choose 'eos' or 'canvas'.")
         if self.score_temperature is not None and self.score_temperature <= 0:
-            raise ValueError(f"score_temperature={self.score_temperature} must be positive; 1.0 is the un-tempered model.")
+            raise ValueError(
+                f"score_temperature={self.score_temperature} must be positive; 1.0 is the un-tempered model."
+            )
         if self.sampler_batch_size is not None and self.sampler_batch_size < 1:
             raise ValueError(f"sampler_batch_size={self.sampler_batch_size} must be at least 1, or None for all rows.")
         if self.max_completion_length is None:
-            raise ValueError("max_completion_length=None: a diffusion model needs the length of its canvas; set a number.")
+            raise ValueError(
+                "max_completion_length=None: a diffusion model needs the length of its canvas; set a number."
+            )
         resolve_schedule(
             self.max_completion_length,
             self.block_length,
@@ -196,14 +221,15 @@ class DiffusionGRPOConfig(GRPOConfig):
         if self.estimator != "step_merge":
             if self.num_segments is not None:
                 raise ValueError(
-                    f"num_segments={self.num_segments} belongs to estimator='step_merge', not to {self.estimator!r}; remove it."
+                    f"num_segments={self.num_segments} belongs to estimator='step_merge', not to {self.estimator!r}; "
+                    "remove it."
                 )
         elif self.num_segments is None:
             self.num_segments = (self.estimator_kwargs or {}).get("num_segments") or min(8, steps)
         if self.num_segments is not None and not 1 <= self.num_segments <= steps:
             raise ValueError(
-                f"num_segments={self.num_segments} must be between 1 and the number of decoding steps, {steps}: further "
-                "segments would be empty forwards."
+                f"num_segments={self.num_segments} must be between 1 and the number of decoding steps, {steps}: "
+                "further segments would be empty forwards."
             )
 
     def build_estimator(self) -> Estimator:

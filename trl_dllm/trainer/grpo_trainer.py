@@ -10,16 +10,17 @@ Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the d
 """
 
 import inspect
+import math
 import tempfile
-import textwrap
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, ProcessorMixin
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models.utils import unwrap_model_for_generation
@@ -30,6 +31,7 @@ from ..models import ForwardFlops, MaskedDiffusionSpec, unwrap
 from ..noise import row_seeds
 from ..rollout import Rollout
 from .grpo_config import DiffusionGRPOConfig
+from .model_card import rewrite_quick_start
 from .segmented_backward import segmented_backward
 
 
@@ -46,6 +48,13 @@ _TRL_INTERFACE = {
 SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
+
+
+def _hub_kwargs(args) -> dict:
+    """Which revision of a checkpoint's config and tokenizer to read, as TRL does for its weights."""
+    init_kwargs = args.model_init_kwargs or {}
+    trust = init_kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+    return {"revision": init_kwargs.get("revision"), "trust_remote_code": trust}
 
 
 def check_trl(trainer_class: type = GRPOTrainer) -> None:
@@ -94,7 +103,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     ```
     """
 
-    _tag_names = ["trl", "grpo", "trl-dllm", "masked-diffusion"]
+    _tag_names: ClassVar = ["trl", "grpo", "trl-dllm", "masked-diffusion"]
     _name = "Diffusion GRPO"
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, estimator: Estimator | None = None, **kwargs):
@@ -121,14 +130,16 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             )
         args.router_aux_loss_coef = 0.0  # mixture-of-experts configs may bring one of their own
         config = self._read_config(model, args)
-        self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
+        self.spec = MaskedDiffusionSpec.from_config(config, tokenizer or self._read_tokenizer(model, args))
         self.estimator = estimator if estimator is not None else args.build_estimator()
         self.estimator.check(self.spec.logits_shift)
         self._rollout: Rollout | None = None  # the generation batch while it is drawn and scored
         self._scored: list[Tensor] = []  # (B, K, L) log-probs of the generation batch, in the order TRL asks: old, reference
         self._loss_scores: TokenScores | None = None  # what TRL's loss is to be evaluated on
         self._loss_batch: tuple[Rollout, int, int] | None = None  # micro-batch, inner iteration, number of views
-        self._generation_round = (-1, 0)  # (global step, generation batches drawn in it)
+        # (global step, generation batches drawn in it), of training and of evaluation: a run with evaluation, or resumed
+        # after one, draws the same completions in training.
+        self._generation_round = [(-1, 0), (-1, 0)]
         self._flops = {"counted": 0, "paper": 0}
 
         with self._reference_source(model, args, bound.arguments.get("peft_config")):
@@ -152,10 +163,16 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                     AutoModelForCausalLM.register(type(config), type(unwrap(model)), exist_ok=True)
                 return config
             raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}.")
-        init_kwargs = args.model_init_kwargs or {}
-        return AutoConfig.from_pretrained(
-            model, revision=init_kwargs.get("revision"), trust_remote_code=init_kwargs.get("trust_remote_code", False)
-        )
+        return AutoConfig.from_pretrained(model, **_hub_kwargs(args))
+
+    @staticmethod
+    def _read_tokenizer(model, args):
+        """The checkpoint's own tokenizer, which TRL loads only behind the weights; None for a model made in memory."""
+        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        if not name:
+            return None
+        revision = _hub_kwargs(args) if isinstance(model, str) else {"trust_remote_code": args.trust_remote_code}
+        return AutoTokenizer.from_pretrained(name, **revision)
 
     @staticmethod
     @contextmanager
@@ -180,8 +197,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
             warnings.warn(
                 f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run resumed from it "
-                f"draws its completions anew. Multiples of {max(1, cycle // self.args.gradient_accumulation_steps)} resume "
-                "exactly.",
+                f"draws its completions anew. Multiples of {cycle // math.gcd(cycle, self.args.gradient_accumulation_steps)} "
+                "resume exactly.",
                 stacklevel=3,
             )
 
@@ -223,11 +240,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     def _row_seeds(self, rows: int, device) -> Tensor:
         """Seeds of this process's rows: functions of the run's seed, the optimizer step and the row's global number."""
-        step, rounds = self._generation_round
+        split = 0 if self.model.training else 1
+        step, rounds = self._generation_round[split]
         rounds = rounds + 1 if step == self.state.global_step else 0
-        self._generation_round = (self.state.global_step, rounds)
+        self._generation_round[split] = (self.state.global_step, rounds)
         row = torch.arange(rows, device=device) + self.accelerator.process_index * rows
-        return row_seeds(self.args.seed, 0 if self.model.training else 1, self.state.global_step, rounds, row)
+        return row_seeds(self.args.seed, split, self.state.global_step, rounds, row)
 
     def _any_process(self, running: bool) -> bool:
         """Whether any process is still decoding; sharded weights need a forward from every process."""
@@ -441,39 +459,4 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if not self.is_world_process_zero():
             return
-        rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.sampling)
-
-
-def rewrite_quick_start(folder: str, model_id: str | None, sampling) -> None:
-    """Replace the quick start of a model card in `folder` by one that decodes with masked diffusion."""
-    from pathlib import Path
-
-    card = Path(folder) / "README.md"
-    if not card.exists():
-        return
-    text = card.read_text()
-    start = text.find("```python")
-    end = text.find("```", start + 3)
-    if start < 0 or end < 0:
-        return
-    snippet = textwrap.dedent(
-        f"""\
-        ```python
-        import trl_dllm  # registers the model family
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from trl_dllm.generation import DiffusionGenerationConfig, generate
-
-        model = AutoModelForCausalLM.from_pretrained("{model_id}")
-        tokenizer = AutoTokenizer.from_pretrained("{model_id}", padding_side="left")
-        prompts = tokenizer(["…"], return_tensors="pt", padding=True)
-        config = DiffusionGenerationConfig(
-            max_new_tokens={sampling.max_new_tokens}, block_length={sampling.block_length},
-            diffusion_steps={sampling.diffusion_steps}, temperature=0.0,
-        )
-        rollout = generate(model, prompts["input_ids"], prompts["attention_mask"], config)
-        print(tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True))
-        ```"""
-    )
-    card.write_text(text[:start] + snippet + text[end + 3 :])
-
-
+        rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.sampling.max_new_tokens)

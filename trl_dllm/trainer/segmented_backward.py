@@ -1,14 +1,14 @@
 """One forward and one backward at a time, for a loss on log-probs that come from several views.
 
-Memory does not grow with the number of views, and it is the only form of a multi-view step that survives ZeRO-3 with LoRA.
-The loss itself stays TRL's: it is evaluated on detached log-probs, its gradient with respect to them is taken, and each view's
-graph is pulled back through a linear surrogate,
+Memory does not grow with the number of views, and it is the only form of a multi-view step that survives ZeRO-3 with
+LoRA. The loss itself stays TRL's: it is evaluated on detached log-probs, its gradient with respect to them is taken,
+and each view's graph is pulled back through a linear surrogate,
 
     ∇θ L(logp(θ)) = Σ_n ∇θ <dL/dlogp, logp_n(θ)>,   logp = Σ_n logp_n.
 
-If dL/dlogp_i depends on logp_i alone (a token-separable loss) and no position is scored twice, the coefficients of a view are
-known as soon as it has run: N forwards and N backwards. Otherwise a first pass without gradients finds all log-probs: 2N
-forwards.
+If dL/dlogp_i depends on logp_i alone (a token-separable loss) and no position is scored twice, the coefficients of a
+view are known as soon as it has run: N forwards and N backwards. Otherwise a first pass without gradients finds all
+log-probs: 2N forwards.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,10 @@ def segmented_backward(
         score (`Callable`): scores view n, with gradients where they are enabled.
         loss (`Callable`): the loss of assembled scores; called with `record=True` exactly once.
         backward (`Callable`): back-propagates a scalar, without an optimizer step.
-        defer_sync (`Callable`): context in which gradients are accumulated without being synchronised between processes.
-        filler (`Tensor` of shape (B, L), *optional*): for a token-separable loss, log-probs to put where a view scores nothing
-            (the old policy's: ratio 1); None if the loss is not separable, and a first pass is needed.
+        defer_sync (`Callable`): context in which gradients are accumulated without being synchronised between
+            processes.
+        filler (`Tensor` of shape (B, L), *optional*): for a token-separable loss, log-probs to put where a view scores
+            nothing (the old policy's: ratio 1); None if the loss is not separable, and a first pass is needed.
 
     Returns:
         A scalar with the value of the whole loss and the gradient of the last view's part.

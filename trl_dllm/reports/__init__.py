@@ -1,0 +1,1 @@
+"""Likelihoods, floating-point operations and plots of a run."""

@@ -1,0 +1,1 @@
+"""What the command line runs: modules with `make_parser()` and `main(...)`, also scripts for `accelerate launch`."""

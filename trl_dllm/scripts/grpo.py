@@ -1,0 +1,70 @@
+"""Train a masked diffusion model with GRPO.
+
+trl-dllm grpo --config recipes/tiny_llada/grpo/config_sudoku.yaml
+accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/scripts/grpo.py --config …
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig
+
+from trl_dllm.scripts.common import (
+    RecipeParser,
+    TaskArguments,
+    load_split,
+    model_init_kwargs,
+    resolve_rewards,
+    train_and_save,
+)
+from trl_dllm.trainer.grpo_config import DiffusionGRPOConfig
+
+
+@dataclass
+class DiffusionGRPOScriptArguments(TaskArguments):
+    """
+    Arguments of the GRPO script.
+
+    Args:
+        reward_funcs (`list[str]`, *optional*): names of the task's rewards, of `trl.rewards`, or dotted import paths;
+            `None` takes the task's default.
+        reward_model_name_or_path (`str`, *optional*): a sequence-classification reward model.
+    """
+
+    reward_funcs: list[str] | None = field(
+        default=None, metadata={"help": "Rewards of the task, of trl.rewards, or dotted import paths."}
+    )
+    reward_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A sequence-classification reward model."}
+    )
+
+
+def make_parser(prog: str | None = None) -> RecipeParser:
+    return RecipeParser((DiffusionGRPOScriptArguments, DiffusionGRPOConfig, ModelConfig), prog=prog)
+
+
+def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPOConfig, model_args: ModelConfig):
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_dllm import DiffusionGRPOTrainer
+
+    rewards = resolve_rewards(script_args.task, script_args.reward_funcs, script_args.reward_model_name_or_path)
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    train = load_split(script_args, "train", script_args.num_train_examples, training_args.seed)
+    evaluation = None
+    if training_args.eval_strategy != "no":
+        evaluation = load_split(script_args, "validation", script_args.num_eval_examples, training_args.seed)
+    trainer = DiffusionGRPOTrainer(
+        model=model_args.model_name_or_path,
+        reward_funcs=rewards,
+        args=training_args,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    train_and_save(trainer, script_args)
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,48 @@
+"""Fine-tune a masked diffusion model on prompts and answers.
+
+trl-dllm sft --config recipes/tiny_llada/sft/config_sudoku.yaml
+accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/scripts/sft.py --config …
+"""
+
+from trl import ModelConfig
+
+from trl_dllm.scripts.common import RecipeParser, TaskArguments, load_split, model_init_kwargs, train_and_save
+from trl_dllm.trainer.sft_config import DiffusionSFTConfig
+
+
+_COLUMNS = ("prompt", "completion", "messages", "text")
+
+
+def make_parser(prog: str | None = None) -> RecipeParser:
+    return RecipeParser((TaskArguments, DiffusionSFTConfig, ModelConfig), prog=prog)
+
+
+def main(script_args: TaskArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig):
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_dllm import DiffusionSFTTrainer
+
+    def prepared(split: str, num_examples: int):
+        dataset = load_split(script_args, split, num_examples, training_args.seed)
+        columns = dataset.column_names or []
+        return dataset.select_columns([name for name in _COLUMNS if name in columns]) if columns else dataset
+
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
+    quantization = get_quantization_config(model_args)
+    if quantization is not None:
+        training_args.model_init_kwargs["quantization_config"] = quantization
+    trainer = DiffusionSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=prepared("train", script_args.num_train_examples),
+        eval_dataset=prepared("validation", script_args.num_eval_examples)
+        if training_args.eval_strategy != "no"
+        else None,
+        peft_config=get_peft_config(model_args),
+    )
+    train_and_save(trainer, script_args)
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())

@@ -1,0 +1,134 @@
+"""Settings of `DiffusionSFTTrainer`: TRL's, and what a diffusion model adds."""
+
+from dataclasses import dataclass, field, fields
+
+from trl import SFTConfig
+
+
+# TRL options that the diffusion loss would ignore or that contradict it: field -> (accepted values, reason).
+_REFUSED: dict[str, tuple[tuple, str]] = {
+    "packing": ((False,), "packed rows would attend to each other, as attention has no direction; turn it off"),
+    "eval_packing": ((None, False), "packed rows would attend to each other; leave it unset"),
+    "padding_free": ((False,), "flattened rows would attend to each other; turn it off"),
+    "assistant_only_loss": ((False,), "an answer is one stretch at the end of its row; give prompt/completion rows"),
+    "loss_type": (("nll",), "the loss is the objective's cross-entropy; leave it at 'nll'"),
+    "label_smoothing_factor": ((0, 0.0), "the loss reads log-probs of single tokens, not logits; leave it at 0"),
+    "average_tokens_across_devices": ((True,), "the loss is the mean over all processes' rows; leave it at True"),
+    "use_liger_kernel": ((False,), "it replaces the forward that the scorer runs its own head in; leave it off"),
+    "router_aux_loss_coef": ((None, 0, 0.0), "the scorer returns no load-balancing loss; leave it unset"),
+}
+
+_CHOICES = {"objective": ("masked_diffusion",), "loss_weight": ("1/t", "none")}
+
+
+@dataclass
+class DiffusionSFTConfig(SFTConfig):
+    """
+    Configuration of [`DiffusionSFTTrainer`].
+
+    Includes every parameter of TRL's [`~trl.SFTConfig`] (`max_length` cuts prompt and answer together, before the
+    answer is filled with EOS) and the following ones. Options of TRL that do not apply are refused unless they have
+    their default.
+
+    objective (`str`, *optional*, defaults to `"masked_diffusion"`):
+        What is trained: `"masked_diffusion"` (LLaDA Algorithm 2, d1's SFT).
+    loss_weight (`str`, *optional*, defaults to `"1/t"`):
+        What a masked token's cross-entropy counts for, before it is divided by the answer's length: `"1/t"`, a bound
+        on the negative log-likelihood, or `"none"`, 1, which has less variance and suits small models.
+    mask_eps (`float`, *optional*, defaults to `1e-3`):
+        Smallest masking rate: t is uniform in [mask_eps, 1). At 1.0 every answer token is masked.
+    canvas_length (`int`, *optional*):
+        Tokens that each answer is filled up to with EOS, which are targets as well; set it to the canvas that will be
+        generated. A longer answer is kept whole. `None` fills to a multiple of `block_length` if that is set, and else
+        adds no more than the one EOS that ends an answer.
+    block_length (`int`, *optional*):
+        Answers are filled with EOS to a multiple of this many tokens.
+    trainable_modules (`list[str]`, *optional*):
+        Train only the modules whose name ends with one of these (`["q_proj", "k_proj", "v_proj"]`) and freeze the
+        rest. `None` trains all of them.
+    """
+
+    objective: str = field(
+        default="masked_diffusion",
+        metadata={"help": "What is trained: 'masked_diffusion'.", "choices": list(_CHOICES["objective"])},
+    )
+    loss_weight: str = field(
+        default="1/t",
+        metadata={
+            "help": "What a masked token's cross-entropy counts for, before it is divided by the answer's length: "
+            "'1/t', a bound on the negative log-likelihood, or 'none', 1, which has less variance.",
+            "choices": list(_CHOICES["loss_weight"]),
+        },
+    )
+    mask_eps: float = field(
+        default=1e-3,
+        metadata={
+            "help": "Smallest masking rate: t is uniform in [mask_eps, 1). At 1.0 every answer token is masked."
+        },
+    )
+    canvas_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that each answer is filled up to with EOS, which are targets as well. A longer answer is "
+            "kept whole. None fills to a multiple of block_length if that is set, and else adds no more than one EOS."
+        },
+    )
+    block_length: int | None = field(
+        default=None, metadata={"help": "Answers are filled with EOS to a multiple of this many tokens."}
+    )
+    trainable_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Train only the modules whose name ends with one of these and freeze the rest. None trains all of "
+            "them."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.validate()
+
+    def validate(self) -> None:
+        """Check the diffusion settings and the TRL options that do not apply.
+
+        Raises:
+            ValueError: naming the field, its value and what would be right.
+        """
+        for name, (accepted, why) in _REFUSED.items():
+            if getattr(self, name, accepted[0]) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} does not apply to diffusion SFT: {why}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
+        if not 0 < self.mask_eps <= 1:
+            raise ValueError(f"mask_eps={self.mask_eps} must be in (0, 1]; LLaDA uses 1e-3.")
+        for name in ("canvas_length", "block_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1 token, or None.")
+        if self.canvas_length and self.block_length and self.canvas_length % self.block_length:
+            below = self.canvas_length // self.block_length * self.block_length
+            raise ValueError(
+                f"canvas_length={self.canvas_length} is not a multiple of block_length={self.block_length}; use "
+                f"{below + self.block_length}{f' or {below}' if below else ''}."
+            )
+        if isinstance(self.trainable_modules, str) or self.trainable_modules == []:
+            raise ValueError(
+                f"trainable_modules={self.trainable_modules!r} must be a list of at least one module name, such as "
+                "['q_proj', 'k_proj', 'v_proj'], or None to train everything."
+            )
+        # A mixture-of-experts config may bring a coefficient of its own, which TRL takes where this is None.
+        self.router_aux_loss_coef = 0.0
+
+    @classmethod
+    def from_stock(cls, args: SFTConfig) -> "DiffusionSFTConfig":
+        """A stock SFTConfig with the diffusion fields at their defaults."""
+        # Not rebuilt from its fields: TRL's __post_init__ has resolved some of them and would refuse its own result.
+        config = object.__new__(cls)
+        config.__dict__.update(args.__dict__)
+        stock = {f.name for f in fields(SFTConfig)}
+        for f in fields(cls):
+            if f.name not in stock:
+                setattr(config, f.name, f.default)
+        config.validate()
+        return config

@@ -1,0 +1,323 @@
+"""TRL's SFTTrainer for masked diffusion language models.
+
+Datasets, tokenisation, PEFT, quantisation, checkpoints and the distributed back-ends stay TRL's. Overridden are:
+
+- the collator: answers are filled with EOS up to the canvas;
+- `compute_loss`: an objective turns the batch into a `View`, and the scorer that GRPO uses runs it;
+- `get_batch_samples`: the loss is the mean over the rows of an optimizer step, so rows are counted and not tokens;
+- `prediction_step`: there are no logits to return.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from ..likelihood import View, score_view
+from ..likelihood.view import IGNORE
+from ..models import Attention, MaskedDiffusionSpec, unwrap
+from ..noise import Purpose, hash64, row_seeds, uniform
+from .model_card import rewrite_quick_start
+from .sft_config import DiffusionSFTConfig
+
+
+@dataclass
+class AnswerCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, padding on the right, after each answer was filled with EOS.
+
+    A row's answer is what its `labels` name, one stretch at its end. It is given an EOS if it has none, and EOS up to
+    `canvas_length` tokens or, where it is longer, to a multiple of `block_length`. An answer that `max_length` cut off
+    is left as it is: an EOS would teach the model to stop there.
+
+    Raises:
+        ValueError: labels with a gap behind the first answer token.
+    """
+
+    eos_token_id: int | None = None
+    canvas_length: int | None = None
+    block_length: int | None = None
+    max_length: int | None = None
+
+    def torch_call(self, examples: list[dict]) -> dict[str, Tensor]:
+        """Batch rows of `input_ids` and `labels`: the same, (B, S), and `attention_mask`."""
+        return super().torch_call([self._fill(example) for example in examples])
+
+    def _fill(self, example: dict) -> dict:
+        ids, labels = list(example["input_ids"]), list(example.get("labels", example["input_ids"]))
+        prompt = next((i for i, label in enumerate(labels) if label != IGNORE), len(labels))
+        answer = labels[prompt:]
+        if IGNORE in answer:
+            raise ValueError(
+                f"labels: token {prompt + answer.index(IGNORE)} of a row is not trained on but stands behind one that "
+                "is; an answer must be one stretch at the end of its row. Split conversations into "
+                "prompt/completion rows."
+            )
+        cut = len(ids) == self.max_length and ids[-1] != self.eos_token_id
+        fill = 0
+        if answer and not cut:
+            ended = len(answer) + (self.eos_token_id not in answer)
+            block = self.block_length or 1
+            fill = max(self.canvas_length or 0, -(-ended // block) * block) - len(answer)
+        return {"input_ids": ids + [self.eos_token_id] * fill, "labels": labels + [self.eos_token_id] * fill}
+
+
+def masked_diffusion_view(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    answer: Tensor,
+    seeds: Tensor,
+    spec: MaskedDiffusionSpec,
+    args: DiffusionSFTConfig,
+) -> View:
+    """The forward process on the answers (LLaDA Algorithm 2): tokens masked with probability t, one uniform t a row.
+
+    A masked token weighs 1/t (or 1), divided by its answer's number of tokens n. Draws that mask nothing are not made:
+    the masks are drawn given that there is at least one, which has probability 1-(1-t)^n, and the weight 1/t is
+    multiplied by it. The expected loss is Algorithm 2's for every n, and the largest weight is n and not 1/t.
+
+    Args:
+        input_ids (`Tensor` of shape (B, S), int64): prompt, answer and right padding.
+        attention_mask (`Tensor` of shape (B, S)): 0 on padding.
+        answer (`Tensor` of shape (B, S), bool): the tokens that may be masked; a row may have none.
+        seeds (`Tensor` of shape (B,), int64): row seeds; a row's draw depends on its seed and its answer's length
+            alone.
+        spec (`MaskedDiffusionSpec`): of the model.
+        args (`DiffusionSFTConfig`): `mask_eps` and `loss_weight` are read.
+
+    Returns:
+        `View` of S columns; one forward.
+    """
+    count = answer.sum(dim=1, keepdim=True)
+    place = answer.long().cumsum(dim=1) - 1
+    t = args.mask_eps + (1 - args.mask_eps) * uniform(seeds, Purpose.SFT, 0)[:, None]
+    draw = uniform(seeds[:, None], Purpose.SFT, 1, place)
+
+    def some(n: Tensor) -> Tensor:  # the probability that any of n tokens is masked
+        return -torch.expm1(n * torch.log1p(-t))
+
+    # While nothing is masked yet, a token is the first with probability t / some(tokens from it on), 1 for the last.
+    left = (count - place).clamp(min=1)
+    may_be_first = answer & ((draw * some(left) < t) | (left == 1))
+    masked = (answer & (draw < t)) | (may_be_first & (may_be_first.cumsum(dim=1) == 1))
+    weight = some(count) / t if args.loss_weight == "1/t" else torch.ones_like(t)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return View(
+        input_ids=input_ids.masked_fill(masked, spec.mask_token_id),
+        position_ids=positions,
+        attention=Attention.padding(attention_mask),
+        targets=input_ids.masked_fill(~masked, IGNORE),
+        index=positions,
+        weight=(weight / count.clamp(min=1)).expand(input_ids.shape),
+    )
+
+
+# The config's `objective` names. Each builds the view of a batch whose weighted log-probs, negated, are the losses.
+OBJECTIVES: dict[str, Callable[..., View]] = {"masked_diffusion": masked_diffusion_view}
+
+
+class DiffusionSFTTrainer(SFTTrainer):
+    """
+    Supervised fine-tuning of masked diffusion language models (LLaDA, Dream, …): LLaDA Algorithm 2, d1's SFT.
+
+    Takes the arguments of TRL's [`~trl.SFTTrainer`] and its dataset formats. In prompt/completion rows the prompt is
+    never masked; in `text` and `messages` rows everything is answer. (In families with shifted logits the first token
+    of a row is never masked either: no row predicts it.) The loss is the mean over the rows of an optimizer step, on
+    however many processes and micro-batches. Logs, beside `loss`: `masked_fraction` of the answer tokens, `entropy` in
+    nats of the masked tokens' distributions (weighted like the loss) and `num_tokens` seen.
+
+    The masks of a row are a function of (seed, `global_step`, the row's number in the step's batch): the same after a
+    resume and on any number of processes. Those of an evaluation are a function of (seed, the row's tokens), so that
+    evaluation losses can be compared over steps and batch sizes.
+
+    Args:
+        args ([`DiffusionSFTConfig`]): a stock `SFTConfig` works too and gets the diffusion defaults.
+        data_collator: instead of [`AnswerCollator`]; it returns `input_ids`, `attention_mask` and `labels`,
+            right-padded.
+
+    Raises:
+        ValueError: before any weight is loaded, a model that is no masked diffusion model, or an option that does not
+            apply; after loading, a name in `trainable_modules` that no module has.
+
+    Example:
+
+    ```python
+    from trl_dllm import DiffusionSFTConfig, DiffusionSFTTrainer
+
+    trainer = DiffusionSFTTrainer(
+        model="GSAI-ML/LLaDA-8B-Base",
+        args=DiffusionSFTConfig(canvas_length=256, model_init_kwargs={"dtype": "bfloat16"}),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "trl-dllm", "masked-diffusion"]
+    _name = "Diffusion SFT"
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, args=None, *positional, **kwargs):
+        if args is None:
+            name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+            args = DiffusionSFTConfig(f"{(name or 'model').split('/')[-1]}-SFT")
+        elif not isinstance(args, DiffusionSFTConfig):
+            if not isinstance(args, SFTConfig):
+                raise TypeError(f"args must be a DiffusionSFTConfig, got {type(args).__name__}.")
+            args = DiffusionSFTConfig.from_stock(args)
+        bound = inspect.signature(SFTTrainer.__init__).bind_partial(None, model, args, *positional, **kwargs)
+        given = bound.arguments
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if given.get(name) is not None:
+                raise ValueError(f"{name} does not apply to diffusion SFT: logits never exist in full. Remove it.")
+        self._check_peft(model, given.get("peft_config"), args)
+        collator = given.get("data_collator")
+        if collator is not None and (args.canvas_length or args.block_length):
+            raise ValueError(
+                f"canvas_length={args.canvas_length}, block_length={args.block_length}: a data_collator of your own "
+                "has to fill the answers itself. Remove one or the other."
+            )
+        if isinstance(model, str):
+            options = args.model_init_kwargs or {}
+            options = {"revision": options.get("revision"), "trust_remote_code": args.trust_remote_code}
+            if given.get("processing_class") is None:
+                given["processing_class"] = AutoProcessor.from_pretrained(model, **options)
+            config = AutoConfig.from_pretrained(model, **options)
+        else:
+            config = unwrap(model).config
+        if isinstance(given.get("processing_class"), ProcessorMixin):
+            raise ValueError(
+                f"processing_class={type(given['processing_class']).__name__} is a multimodal processor; only text "
+                "models are supported. Pass the model's tokenizer."
+            )
+        if given.get("processing_class") is not None:
+            MaskedDiffusionSpec.from_config(config, given["processing_class"])
+
+        self._micro_step = 0  # micro-batches of the current optimizer step that this process has scored
+        super().__init__(*bound.args[1:], **bound.kwargs)
+
+        self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "parallelism_config with tensor, context or sequence parallelism is not supported: rows are masked by "
+                "the process that holds them whole. Use DDP, FSDP or DeepSpeed ZeRO."
+            )
+        if collator is None:
+            self.data_collator = AnswerCollator(
+                pad_token_id=self._tokenizer.pad_token_id,
+                pad_to_multiple_of=args.pad_to_multiple_of,
+                eos_token_id=self._tokenizer.eos_token_id,
+                canvas_length=args.canvas_length,
+                block_length=args.block_length,
+                max_length=args.max_length,
+            )
+        if args.trainable_modules is not None:
+            freeze_all_but(self.model, args.trainable_modules)
+            if args.gradient_checkpointing:  # reentrant checkpointing gives no gradient behind frozen embeddings
+                self.model.enable_input_require_grads()
+
+    @staticmethod
+    def _check_peft(model, peft_config, args: DiffusionSFTConfig) -> None:
+        adapter = peft_config or getattr(model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise ValueError(
+                f"peft_config={type(adapter).__name__} puts virtual tokens before the prompt, which moves every row "
+                "that the scorer reads. Use LoRA."
+            )
+        if adapter is not None and args.trainable_modules is not None:
+            raise ValueError(
+                f"trainable_modules={args.trainable_modules} together with an adapter: an adapter trains its own "
+                "weights. Name the modules in the adapter's target_modules instead."
+            )
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The micro-batches of an optimizer step and, as TRL's `num_items_in_batch`, their rows over all processes."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        self._micro_step = 0
+        rows = torch.tensor(sum(len(batch["input_ids"]) for batch in batches), device=self.accelerator.device)
+        return batches, self.accelerator.reduce(rows, reduction="sum")
+
+    def _seeds(self, inputs: dict) -> Tensor:
+        """Row seeds of a micro-batch, int64 (B,)."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        if not self.model.training:
+            content = (hash64(columns, ids) * mask).sum(dim=1)
+            return row_seeds(self.args.seed, 1, 0, 0, content)
+        # Accelerate deals micro-batches out to processes in turn, so this is the row's number in the step's batch.
+        batch = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
+        rows = batch * self.args.per_device_train_batch_size + torch.arange(len(ids), device=ids.device)
+        return row_seeds(self.args.seed, 0, self.state.global_step, 0, rows)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Minus the weighted log-probs of the masked tokens, summed over a row and averaged over rows.
+
+        `num_items_in_batch` is the number of rows of the optimizer step; None averages over the rows given.
+        """
+        answer = inputs["labels"] != IGNORE
+        answer[:, : self.spec.logits_shift] = False
+        view = OBJECTIVES[self.args.objective](
+            inputs["input_ids"], inputs["attention_mask"], answer, self._seeds(inputs), self.spec, self.args
+        )
+        scores = score_view(model, view, view.input_ids.shape[1], self.spec)
+        if self.model.training:
+            self._micro_step += 1
+        loss = -scores.logps.sum()
+        if num_items_in_batch is None:
+            loss = loss / len(answer)
+        else:  # DDP and DeepSpeed average gradients over processes, and this is a sum over them
+            loss = loss * self.accelerator.num_processes / num_items_in_batch
+        self._record(view, answer, scores, inputs["attention_mask"])
+        return (loss, scores) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record(self, view: View, answer: Tensor, scores, attention_mask: Tensor) -> None:
+        mode = "train" if self.model.training else "eval"
+        weight = view.weight[view.targets != IGNORE].sum()
+        sums = (scores.scored.sum(), answer.sum(), scores.entropies.sum(), weight, attention_mask.sum())
+        sums = self.accelerator.reduce(torch.stack([s.double() for s in sums]), reduction="sum")
+        masked, answers, entropy, weight, tokens = sums.tolist()
+        self._metrics[mode]["masked_fraction"].append(masked / max(answers, 1))
+        self._metrics[mode]["entropy"].append(entropy / weight if weight else 0.0)
+        if mode == "train":
+            self._total_train_tokens += int(tokens)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss; logits and labels are None."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs), None, None
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+        """TRL's model card, with this library's way to generate."""
+        super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
+        if self.is_world_process_zero():
+            canvas = self.args.canvas_length or 256
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, canvas)
+
+
+def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
+    """Leave only the modules trainable whose dotted name ends with one of `names`, with everything inside them.
+
+    Raises:
+        ValueError: a name that no module's name ends with.
+    """
+    matches = {name: [m for path, m in model.named_modules() if f".{path}".endswith(f".{name}")] for name in names}
+    missing = [name for name, modules in matches.items() if not modules]
+    if missing:
+        last = sorted({path.rsplit(".", 2)[-2] for path, _ in model.named_parameters()})
+        raise ValueError(
+            f"trainable_modules={names}: no module's name ends with {missing[0]!r}. Modules with parameters end with: "
+            f"{', '.join(last)}."
+        )
+    model.requires_grad_(False)
+    for modules in matches.values():
+        for module in modules:
+            module.requires_grad_(True)
