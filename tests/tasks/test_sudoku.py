@@ -250,3 +250,16 @@ def test_long_texts_take_no_time(piece):
     start = time.perf_counter()
     cells(text), solved(text)
     assert time.perf_counter() - start < 0.5
+
+
+def test_noisy_demonstrations_change_only_filled_in_cells_of_the_completion():
+    clean, noisy = (sudoku.load("train", 400, seed=3, answer_noise=noise) for noise in (0.0, 0.2))
+    assert clean["puzzle"] == noisy["puzzle"] and clean["solution"] == noisy["solution"] == clean["completion"]
+    blanks = wrong = 0
+    for puzzle, solution, completion in zip(noisy["puzzle"], noisy["solution"], noisy["completion"], strict=True):
+        assert all(c == s for g, s, c in zip(puzzle, solution, completion, strict=True) if g != "0")
+        blanks += puzzle.count("0")
+        wrong += sum(c != s for s, c in zip(solution, completion, strict=True))
+    assert 0.17 < wrong / blanks < 0.23
+    with pytest.raises(ValueError, match="answer_noise"):
+        sudoku.load("train", 1, answer_noise=1.5)

@@ -1,7 +1,8 @@
 """How a completion is drawn."""
 
 from .config import DiffusionGenerationConfig, resolve_schedule
-from .denoising import default_eos, generate
+from .decode import generate
+from .denoising import default_eos
 
 
 __all__ = ["DiffusionGenerationConfig", "default_eos", "generate", "resolve_schedule"]

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from .order import MEASURES, VALUE_INDEPENDENT
 
 
+# decoding -> the key/value caches that it has.
+CACHES = {"denoising": (None,), "any_order": (None, "exact")}
+
+
 @dataclass
 class DiffusionGenerationConfig:
     """Settings of `generate`.
@@ -57,10 +61,15 @@ class DiffusionGenerationConfig:
             raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy).")
         if self.remasking not in MEASURES:
             raise ValueError(f"remasking={self.remasking!r} is unknown; choose one of {sorted(MEASURES)}.")
-        if self.decoding != "denoising":
-            raise ValueError(f"decoding={self.decoding!r} is unknown; choose 'denoising'.")
-        if self.cache is not None:
-            raise ValueError(f"cache={self.cache!r} is not available for denoising decoding; leave it at None.")
+        if self.decoding not in CACHES:
+            raise ValueError(f"decoding={self.decoding!r} is unknown; choose one of {sorted(CACHES)}.")
+        if self.cache not in CACHES[self.decoding]:
+            raise ValueError(
+                f"cache={self.cache!r} is not available for decoding={self.decoding!r}; choose one of "
+                f"{CACHES[self.decoding]}."
+            )
+        if self.cfg_scale and self.decoding != "denoising":
+            raise ValueError(f"cfg_scale={self.cfg_scale} needs decoding='denoising'; set it to 0.")
         if self.cfg_scale < 0:
             raise ValueError(f"cfg_scale={self.cfg_scale} must not be negative (0 turns guidance off).")
         if self.confidence_threshold is not None and self.remasking == "left_to_right":

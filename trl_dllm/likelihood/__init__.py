@@ -1,5 +1,8 @@
 """How a completion's log-probs are computed: estimators, and the scorer that runs their views."""
 
+from .any_order import AnyOrder
+from .elbo import CoupledElbo, Elbo
+from .pseudo import BlockPseudoLikelihood, PseudoLikelihood, TrajectoryPseudoLikelihood
 from .score import TokenScores, check_estimator, score_view, token_logps
 from .trajectory import ExactTrajectory, MeanField, StepMerge
 from .view import Estimator, View, perturb_prompt
@@ -10,15 +13,27 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "mean_field": MeanField,
     "step_merge": StepMerge,
     "exact_trajectory": ExactTrajectory,
+    "any_order": AnyOrder,
+    "pkl": PseudoLikelihood,
+    "pkl_u": BlockPseudoLikelihood,
+    "pkl_t": TrajectoryPseudoLikelihood,
+    "elbo": Elbo,
+    "coupled_elbo": CoupledElbo,
 }
 
 __all__ = [
     "ESTIMATORS",
+    "AnyOrder",
+    "BlockPseudoLikelihood",
+    "CoupledElbo",
+    "Elbo",
     "Estimator",
     "ExactTrajectory",
     "MeanField",
+    "PseudoLikelihood",
     "StepMerge",
     "TokenScores",
+    "TrajectoryPseudoLikelihood",
     "View",
     "check_estimator",
     "perturb_prompt",

@@ -1,6 +1,6 @@
 """Running views through a model: per-token log-probs and entropies of a rollout's completions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ class TokenScores:
 
     Args:
         logps (`Tensor` of shape (B, L)): log-probs in nats, 0 where not scored.
-        entropies (`Tensor` of shape (B, L)): entropies in nats of the distributions that were scored, 0 elsewhere.
+        entropies (`Tensor` of shape (B, L)): entropies in nats of the distributions that were scored, weighted like
+            the log-probs; 0 elsewhere.
         scored (`Tensor` of shape (B, L), bool): positions that the estimator gave a log-prob to.
     """
 
@@ -135,4 +136,4 @@ def token_logps(
         canvas = rollout.completion_ids.shape[1]
         scores = score_view(model, view, canvas, spec, temperature, batch_size, differentiable_entropy)
         total = scores if total is None else total + scores
-    return total
+    return replace(total, scored=estimator.scored(rollout, seeds, iteration))

@@ -13,6 +13,7 @@ With N = 1 everything is predicted from an empty canvas (d1's mean field, Remark
 scored on the canvas that it was drawn from, which is exact.
 """
 
+import torch
 from torch import Tensor
 
 from ..rollout import Rollout
@@ -70,9 +71,11 @@ class ExactTrajectory(Estimator):
     many forwards of P + L tokens as the slowest row took steps.
     """
 
+    exact_for = ("denoising",)
+
     def num_views(self, rollout: Rollout) -> int:
         return max(1, int(rollout.num_steps.max()))
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
-        start = rollout.num_steps.clamp(max=n)  # a row that took fewer steps scores nothing
-        return segment_view(rollout, start, end=start + (rollout.num_steps > n))
+        start = torch.full_like(rollout.num_steps, n)
+        return segment_view(rollout, start, end=start + 1)  # scores nothing in a row that took fewer steps

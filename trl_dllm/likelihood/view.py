@@ -5,6 +5,7 @@ through a model and knows no paper.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,8 @@ class Estimator:
 
     stochastic = False
     disjoint = True
+    sub_sampled = False  # whether counted positions are left out
+    exact_for: ClassVar[tuple[str, ...]] = ()  # decoders whose own log-probs it equals, whatever the rollout
 
     def num_views(self, rollout: Rollout) -> int:
         """Forwards that the rollout's rows need."""
@@ -66,6 +69,10 @@ class Estimator:
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
         """View number n; random views draw from (seeds (B,), iteration) alone."""
         raise NotImplementedError
+
+    def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
+        """Positions that the views of this iteration give a log-prob to, bool (B, L), without running any."""
+        return rollout.revealed
 
     def check(self, logits_shift: int) -> None:
         """Raise ValueError where a model family has no row that predicts what the estimator scores."""

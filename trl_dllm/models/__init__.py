@@ -7,7 +7,7 @@ Hub checkpoints without remote code.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from .attention import NEVER, Attention, attention_mask
+from .attention import NEVER, Attention, attention_mask, order_levels
 from .dream import DreamConfig, DreamModel
 from .flops import ForwardFlops
 from .head import TILE_ROWS, apply_head, entropy, log_probs, unwrap
@@ -32,6 +32,7 @@ __all__ = [
     "create_tiny_model",
     "entropy",
     "log_probs",
+    "order_levels",
     "unwrap",
 ]
 

@@ -22,10 +22,13 @@ class Attention:
         key (`Tensor` of shape (B, S), int64): level from which a column is visible, `NEVER` for padding.
         query (`Tensor` of shape (B, S), int64, *optional*): highest level that a row sees. None means that every row
             sees every column that is not padding: the plain denoiser, which every backend runs without a 4D mask.
+        own (`Tensor` of shape (B, Q), int64, *optional*): the column that each row is itself, where the Q rows of
+            `query` are fewer than the columns (a cache holds the others). None means column q.
     """
 
     key: Tensor
     query: Tensor | None = None
+    own: Tensor | None = None
 
     @staticmethod
     def padding(mask: Tensor) -> "Attention":
@@ -33,17 +36,29 @@ class Attention:
         return Attention(key=torch.zeros_like(mask, dtype=torch.int64).masked_fill(~mask.bool(), NEVER))
 
     def __getitem__(self, rows: slice | Tensor) -> "Attention":
-        return Attention(self.key[rows], None if self.query is None else self.query[rows])
+        parts = (self.key, self.query, self.own)
+        return Attention(*(None if part is None else part[rows] for part in parts))
 
     def allowed(self) -> Tensor:
-        """The rule written out, bool (B, S, S): rows are queries, columns keys."""
-        size = self.key.shape[1]
+        """The rule written out, bool (B, Q, S): rows are queries, columns keys."""
+        column = torch.arange(self.key.shape[1], device=self.key.device)
         query = torch.zeros_like(self.key) if self.query is None else self.query
-        itself = torch.eye(size, dtype=torch.bool, device=self.key.device)
+        itself = column[: query.shape[1], None] == column if self.own is None else self.own[..., None] == column
         return (self.key[:, None, :] <= query[:, :, None]) | itself
 
 
-def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype):
+def order_levels(unmask_step: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of a canvas as levels: (level of each token, highest level below each token's step), (B, L) each.
+
+    Tokens are ordered by step, and within a step from left to right. A position never revealed has level `NEVER`.
+    """
+    canvas = unmask_step.shape[1]
+    position = torch.arange(canvas, device=unmask_step.device)
+    level = (1 + unmask_step * canvas + position).masked_fill(unmask_step < 0, NEVER)
+    return level, (unmask_step * canvas).clamp(min=0)
+
+
+def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype, dense: bool = False):
     """The pattern in the form that an attention backend of transformers takes.
 
     Padding-only patterns give the (B, S) mask that every backend knows (FlashAttention included). The others give a
@@ -53,7 +68,7 @@ def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype
     Raises:
         ValueError: the backend has no form for the pattern, as FlashAttention has not.
     """
-    if attention.query is None:
+    if attention.query is None and not dense:
         return (attention.key != NEVER).long()
     if implementation == "sdpa":
         return attention.allowed()[:, None]

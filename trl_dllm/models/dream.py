@@ -35,7 +35,7 @@ class DreamConfig(Qwen2Config):
     def to_dict(self) -> dict:
         output = super().to_dict()
         output.pop("auto_map", None)
-        return output
+        return {**output, "rope_theta": self.rope_parameters["rope_theta"]}  # where the original code looks for it
 
 
 class DreamModel(Qwen2ForCausalLM):

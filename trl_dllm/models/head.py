@@ -78,7 +78,7 @@ def apply_head(
         return torch.cat(outputs)[:count]
 
     with _redirect(head, redirected):
-        return model(**inputs, use_cache=False).logits
+        return model(**{"use_cache": False, **inputs}).logits
 
 
 @contextmanager

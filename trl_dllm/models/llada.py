@@ -46,6 +46,21 @@ _ORIGINAL_CONSTANTS = {
 }
 
 
+# Of these, the ones that would change what the model computes.
+_STRUCTURAL = (
+    "activation_type",
+    "alibi",
+    "attention_layer_norm",
+    "block_type",
+    "include_bias",
+    "include_qkv_bias",
+    "input_emb_norm",
+    "layer_norm_type",
+    "rope",
+    "scale_logits",
+)
+
+
 class LLaDAConfig(LlamaConfig):
     """Config of LLaDA: reads the original names and writes both, so that the original code can read what is saved
     here.
@@ -73,8 +88,13 @@ class LLaDAConfig(LlamaConfig):
             value = kwargs.pop(original, None)
             if value is not None:
                 setattr(self, name, value)
-        for name in _ORIGINAL_CONSTANTS:
-            kwargs.pop(name, None)
+        for name, constant in _ORIGINAL_CONSTANTS.items():
+            value = kwargs.pop(name, constant)
+            if name in _STRUCTURAL and value != constant:
+                raise ValueError(
+                    f"{name}={value!r} in a LLaDA config: this implementation has {constant!r}, as every released "
+                    "LLaDA; such a checkpoint would load and compute something else."
+                )
         if self.rope_parameters is None:
             kwargs.setdefault("rope_theta", 500_000.0)
         kwargs.pop("auto_map", None)

@@ -95,3 +95,13 @@ class MaskedDiffusionSpec:
             logits_shift=getattr(text_config, "logits_shift", 0),
             block_length=getattr(text_config, "block_length", None),
         )
+
+
+def check_unshifted(name: str, logits_shift: int) -> None:
+    """Raise ValueError for families in which the row before a position predicts it."""
+    if logits_shift:
+        raise ValueError(
+            f"{name} does not apply to a family with logits_shift={logits_shift} (Dream): it predicts a position at "
+            "the row before it, and in the layout prompt ⊕ tokens ⊕ masks no row predicts token i from the tokens "
+            "before it alone. Use step_merge or exact_trajectory, or an unshifted family (LLaDA)."
+        )

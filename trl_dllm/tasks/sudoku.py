@@ -114,6 +114,7 @@ def load(
     seed: int = 0,
     min_blanks: int = 6,
     max_blanks: int = 10,
+    answer_noise: float = 0.0,
     prompt_format: str = "text",
     data_dir: str | None = None,
 ) -> Dataset:
@@ -122,8 +123,10 @@ def load(
 
     Columns: `prompt`, `puzzle` (16 digits in row order, 0 where blank), `solution` (16 digits), `completion` (for
     SFT). With `prompt_format="text"` the prompt is the puzzle and "=", the completion the 16 digits of the solution
-    and nothing else; with "chat" both are messages, and the answer stands in `<answer>` tags. A smaller
-    `num_examples` gives the first rows of a larger one. `data_dir` is not used: nothing is read from disk.
+    and nothing else; `answer_noise` is the probability with which a filled-in digit of the completion is replaced by a
+    wrong one (demonstrations that RL can surpass; never in `solution`). With "chat" both are messages, and the answer
+    stands in `<answer>` tags. A smaller `num_examples` gives the first rows of a larger one. `data_dir` is not used:
+    nothing is read from disk.
 
     Raises `ValueError` for an unknown split or format, for blanks outside 1..12, and for more examples than there are
     puzzles.
@@ -138,12 +141,24 @@ def load(
             f"{max_blanks} blanks."
         )
     puzzles, solved = (list(column) for column in zip(*drawn, strict=True))
+    answers = [_with_mistakes(puzzle, solution, answer_noise, seed) for puzzle, solution in drawn]
     if prompt_format == "text":
-        prompts, completions = [f"{puzzle}=" for puzzle in puzzles], solved
+        prompts, completions = [f"{puzzle}=" for puzzle in puzzles], answers
     else:
         prompts = [[{"role": "user", "content": CHAT_PROMPT.format(puzzle=puzzle)}] for puzzle in puzzles]
-        completions = [[{"role": "assistant", "content": f"<answer>{solution}</answer>"}] for solution in solved]
+        completions = [[{"role": "assistant", "content": f"<answer>{answer}</answer>"}] for answer in answers]
     return Dataset.from_dict({"prompt": prompts, "puzzle": puzzles, "solution": solved, "completion": completions})
+
+
+def _with_mistakes(puzzle: str, solution: str, noise: float, seed: int) -> str:
+    """The solution with each filled-in digit replaced by another one with probability `noise`."""
+    if not 0 <= noise <= 1:
+        raise ValueError(f"answer_noise={noise} is a probability; it must be in [0, 1].")
+    draw = random.Random(f"{seed}:{puzzle}:mistakes")
+    return "".join(
+        draw.choice("1234".replace(digit, "")) if given == "0" and draw.random() < noise else digit
+        for given, digit in zip(puzzle, solution, strict=True)
+    )
 
 
 def parse_board(text: str) -> str:

@@ -55,7 +55,8 @@ class DiffusionGRPOConfig(GRPOConfig):
     > Parameters that control the likelihood
 
     estimator (`str`, *optional*, defaults to `"step_merge"`):
-        Which likelihood the loss is computed from: `"mean_field"` (d1), `"step_merge"` (d2) or `"exact_trajectory"`.
+        Which likelihood the loss is computed from: `"mean_field"` (d1), `"step_merge"` (d2), `"exact_trajectory"`, or
+        `"any_order"` (d2, for any-order decoding).
     num_segments (`int`, *optional*):
         N of `"step_merge"`: canvases the trajectory is replayed on. `None` takes 8, or the number of decoding steps if
         that is smaller.
@@ -72,10 +73,15 @@ class DiffusionGRPOConfig(GRPOConfig):
         Tokens that the loss counts: `"eos"`, those up to and including the first EOS, or `"canvas"`, all that were
         revealed.
 
+    old_logps (`str`, *optional*, defaults to `"recompute"`):
+        Where the old policy's log-probs come from: `"recompute"` scores the rollouts again, `"rollout"` takes the
+        sampler's own, which saves a forward a view. Only where the estimator is exact for the decoder, at the sampling
+        temperature and with an unmasked prompt.
+
     > Parameters that control decoding
 
     decoding (`str`, *optional*, defaults to `"denoising"`):
-        How completions are drawn: `"denoising"`.
+        How completions are drawn: `"denoising"`, or `"any_order"` for a model trained with any-order attention.
     block_length (`int`, *optional*):
         Positions in a block; blocks are decoded left to right. `None` takes the largest divisor of the canvas up to
         32.
@@ -90,7 +96,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     stop_at_eos (`bool`, *optional*, defaults to `True`):
         Whether a row that has revealed an EOS at the end of a block is finished. The papers decode the whole canvas.
     cache (`str`, *optional*):
-        Key/value cache of the sampler. `None` recomputes everything.
+        Key/value cache of the sampler: `"exact"` for any-order decoding. `None` recomputes everything.
     cfg_scale (`float`, *optional*, defaults to `0.0`):
         Refused unless 0: the scorer would have to follow the guidance.
     sampler_batch_size (`int`, *optional*):
@@ -135,7 +141,21 @@ class DiffusionGRPOConfig(GRPOConfig):
             "choices": ["eos", "canvas"],
         },
     )
-    decoding: str = field(default="denoising", metadata={"help": "How completions are drawn: 'denoising'."})
+    decoding: str = field(
+        default="denoising",
+        metadata={
+            "help": "How completions are drawn: 'denoising', or 'any_order' for models trained with any-order "
+            "attention."
+        },
+    )
+    old_logps: str = field(
+        default="recompute",
+        metadata={
+            "help": "Where the old policy's log-probs come from: 'recompute', or 'rollout', the sampler's own, where "
+            "they are exact for the estimator.",
+            "choices": ["recompute", "rollout"],
+        },
+    )
     block_length: int | None = field(
         default=None,
         metadata={"help": "Positions in a block. None takes the largest divisor of the canvas up to 32."},
@@ -211,7 +231,28 @@ class DiffusionGRPOConfig(GRPOConfig):
         )
         steps = self.generation_config().diffusion_steps  # checks the remaining decoding fields
         self._resolve_estimator(steps if self.confidence_threshold is None else self.max_completion_length)
-        self.build_estimator()
+        self.check_old_logps(self.build_estimator())
+
+    def check_old_logps(self, estimator: Estimator) -> None:
+        """Refuse the sampler's log-probs as the old policy's where they are not what `estimator` computes."""
+        if self.old_logps not in ("recompute", "rollout"):
+            raise ValueError(f"old_logps={self.old_logps!r} is unknown; choose 'recompute' or 'rollout'.")
+        if self.old_logps == "recompute":
+            return
+        reason = None
+        if self.decoding not in estimator.exact_for:
+            reason = f"{type(estimator).__name__} is not exact for decoding={self.decoding!r}"
+        elif self.p_mask_prompt:
+            reason = f"the sampler saw the whole prompt, and p_mask_prompt={self.p_mask_prompt}"
+        elif self.score_temperature not in (None, self.temperature or 1.0):
+            reason = (
+                f"the sampler scored at temperature={self.temperature}, not score_temperature={self.score_temperature}"
+            )
+        if reason:
+            raise ValueError(
+                f"old_logps='rollout': the sampler's log-probs are not the old policy's here, because {reason}. Set "
+                "old_logps='recompute'."
+            )
 
     def _resolve_estimator(self, steps: int) -> None:
         if self.estimator not in ESTIMATORS:

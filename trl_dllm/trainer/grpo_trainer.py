@@ -1,11 +1,12 @@
 """TRL's GRPOTrainer for masked diffusion language models.
 
-Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Overridden are:
+Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's.
+Overridden are:
 
 - `_generate_single_turn`: completions are drawn by masked diffusion decoding; the whole canvas is kept.
 - `_generate_and_score_completions`: the canvas and its trajectory are put beside each completion, and travel with it.
-- `_get_per_token_logps_and_entropies`: the one place where TRL asks for log-probs, for the old, the reference and the current
-  policy alike. An estimator answers.
+- `_get_per_token_logps_and_entropies`: the one place where TRL asks for log-probs, for the old, the reference and the
+  current policy alike. An estimator answers.
 - `_compute_loss`: TRL's loss, back-propagated one view at a time.
 """
 
@@ -27,7 +28,9 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..generation import generate
 from ..likelihood import Estimator, TokenScores, check_estimator, perturb_prompt, score_view
+from ..likelihood.view import IGNORE
 from ..models import ForwardFlops, MaskedDiffusionSpec, unwrap
+from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
 from .grpo_config import DiffusionGRPOConfig
@@ -57,6 +60,12 @@ def _hub_kwargs(args) -> dict:
     return {"revision": init_kwargs.get("revision"), "trust_remote_code": trust}
 
 
+def _numel(parameter: Tensor) -> int:
+    """Number of weights, also where several are packed in a byte (4-bit) or held by other processes (ZeRO-3)."""
+    packed = getattr(parameter, "quant_state", None)
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
+
+
 def check_trl(trainer_class: type = GRPOTrainer) -> None:
     """Raise RuntimeError unless the installed TRL has the methods that this trainer overrides."""
     for name, parameters in _TRL_INTERFACE.items():
@@ -82,10 +91,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     Args:
         args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
-        estimator ([`~trl_dllm.likelihood.Estimator`], *optional*): the likelihood, instead of the one that `args` names.
+        estimator ([`~trl_dllm.likelihood.Estimator`], *optional*): the likelihood, instead of the one that `args`
+        names.
 
     Raises:
-        ValueError: before any weight is loaded, a model that is no masked diffusion model, or an option that does not apply.
+        ValueError: before any weight is loaded, a model that is no masked diffusion model, or an option that does not
+            apply.
         RuntimeError: an installed TRL whose methods are not the ones overridden here.
 
     Example:
@@ -115,30 +126,48 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             if not isinstance(args, GRPOConfig):
                 raise TypeError(f"args must be a DiffusionGRPOConfig, got {type(args).__name__}.")
             args = DiffusionGRPOConfig.from_stock(args)
-        bound = inspect.signature(GRPOTrainer.__init__).bind_partial(None, model, reward_funcs, args, *positional, **kwargs)
+        bound = inspect.signature(GRPOTrainer.__init__).bind_partial(
+            None, model, reward_funcs, args, *positional, **kwargs
+        )
         for name in _NOT_APPLICABLE:
             if bound.arguments.get(name):
                 raise ValueError(
-                    f"{name}={bound.arguments[name]!r} does not apply to a diffusion model: it joins several generations or "
-                    "samples by itself, and the trajectory of the completion would be lost. Remove it."
+                    f"{name}={bound.arguments[name]!r} does not apply to a diffusion model: it joins several "
+                    "generations or samples by itself, and the trajectory of the completion would be lost. Remove it."
                 )
         tokenizer = bound.arguments.get("processing_class")
         if isinstance(tokenizer, ProcessorMixin):
             raise ValueError(
-                f"processing_class={type(tokenizer).__name__} is a multimodal processor; only text models are supported. Pass "
-                "the model's tokenizer."
+                f"processing_class={type(tokenizer).__name__} is a multimodal processor; only text models are "
+                "supported. Pass the model's tokenizer."
+            )
+        adapter = bound.arguments.get("peft_config") or getattr(model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise ValueError(
+                f"peft_config={type(adapter).__name__} puts virtual tokens before the prompt, which moves every row "
+                "that the scorer reads. Use LoRA."
+            )
+        if estimator is not None and not isinstance(estimator, Estimator):
+            raise TypeError(
+                f"estimator={estimator!r} must be an Estimator instance, like StepMerge(num_segments=8); a name goes "
+                "into DiffusionGRPOConfig(estimator=…)."
             )
         args.router_aux_loss_coef = 0.0  # mixture-of-experts configs may bring one of their own
         config = self._read_config(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer or self._read_tokenizer(model, args))
         self.estimator = estimator if estimator is not None else args.build_estimator()
         self.estimator.check(self.spec.logits_shift)
+        args.check_old_logps(self.estimator)
+        if args.decoding == "any_order":
+            check_unshifted("decoding='any_order'", self.spec.logits_shift)
         self._rollout: Rollout | None = None  # the generation batch while it is drawn and scored
-        self._scored: list[Tensor] = []  # (B, K, L) log-probs of the generation batch, in the order TRL asks: old, reference
+        self._scored: list[
+            Tensor
+        ] = []  # (B, K, L) log-probs of the generation batch, in the order TRL asks: old, reference
         self._loss_scores: TokenScores | None = None  # what TRL's loss is to be evaluated on
         self._loss_batch: tuple[Rollout, int, int] | None = None  # micro-batch, inner iteration, number of views
-        # (global step, generation batches drawn in it), of training and of evaluation: a run with evaluation, or resumed
-        # after one, draws the same completions in training.
+        # (global step, generation batches drawn in it), of training and of evaluation: a run with evaluation, or
+        # resumed after one, draws the same completions in training.
         self._generation_round = [(-1, 0), (-1, 0)]
         self._flops = {"counted": 0, "paper": 0}
 
@@ -149,7 +178,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self.spec = MaskedDiffusionSpec.from_config(unwrap(self.model).config, self._tokenizer)
         self.sampling = args.generation_config(self.eos_token_ids, self._tokenizer.pad_token_id)
         self._count_flops = ForwardFlops(self.model)
-        self._parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        self._parameters = sum(map(_numel, self.model.parameters()))
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
         self._warn_about_save_steps()
 
@@ -196,13 +225,14 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             import warnings
 
             warnings.warn(
-                f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run resumed from it "
-                f"draws its completions anew. Multiples of {cycle // math.gcd(cycle, self.args.gradient_accumulation_steps)} "
-                "resume exactly.",
+                f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run "
+                "resumed from it draws its completions anew. Multiples of "
+                f"{cycle // math.gcd(cycle, self.args.gradient_accumulation_steps)} resume exactly.",
                 stacklevel=3,
             )
 
-    # ------------------------------------------------------------------------------------------------------- generation
+    # -------------------------------------------------------------------------------------------------------
+    # generation
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         """Draw the generation batch; TRL gets the completions cut behind their first EOS, the canvas is kept."""
@@ -275,6 +305,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         # TRL zeroes the mask of truncated completions (mask_truncated_completions); everything else is ours.
         kept = outputs["completion_mask"].any(dim=1, keepdim=True)
         mask = rollout.counted & kept
+        # The prompts too: TRL's are of the wrong dtype if one is empty, and padded to a multiple if it is told so.
+        outputs["prompt_ids"] = rollout.prompt_ids
+        outputs["prompt_mask"] = rollout.prompt_mask.long()
         outputs["completion_ids"] = rollout.completion_ids
         outputs["completion_mask"] = mask.long()
         outputs["num_items_in_batch"] = self.accelerator.gather(mask.sum()).sum()
@@ -288,7 +321,13 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._record_generation(rollout, training)
         return outputs
 
-    # ---------------------------------------------------------------------------------------------------------- scoring
+    # ----------------------------------------------------------------------------------------------------------
+    # scoring
+
+    @property
+    def _needs_old(self) -> bool:
+        """Whether TRL asks for the old policy's log-probs: generation batches do not end with optimizer steps."""
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
 
     @property
     def _num_draws(self) -> int:
@@ -301,23 +340,39 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         views = torch.tensor([self.estimator.num_views(rollout)], device=self.accelerator.device)
         return int(self.accelerator.gather(views).max()) if self.accelerator.num_processes > 1 else int(views)
 
-    def _score_view(self, model, rollout: Rollout, n: int, iteration: int, batch_size: int | None = None) -> TokenScores:
+    def _score_view(
+        self, model, rollout: Rollout, n: int, iteration: int, batch_size: int | None = None
+    ) -> TokenScores:
         """Scores of view n of a rollout whose prompt is already perturbed."""
         view = self.estimator.view(rollout, n, rollout.view_seed, iteration)
+        # What the loss does not count is not scored: it would cost head rows, and an improbable token behind the EOS
+        # would overflow exp(reference - policy), whose product with TRL's mask is NaN and not 0.
+        counted = rollout.counted.gather(1, view.index)
+        view = replace(view, targets=view.targets.masked_fill(~counted, IGNORE))
         temperature = self.args.score_temperature or rollout.temperature
         canvas = rollout.completion_ids.shape[1]
         with self.accelerator.autocast():
             scores = score_view(
-                model, view, canvas, self.spec, temperature, batch_size, differentiable_entropy=self._entropy_bonus_enabled
+                model,
+                view,
+                canvas,
+                self.spec,
+                temperature,
+                batch_size,
+                differentiable_entropy=self._entropy_bonus_enabled,
             )
+        if not self.model.training:  # the run's cost is that of training
+            return scores
         rows, width = view.input_ids.shape
         passes = 1
-        if torch.is_grad_enabled() and self.model.training:  # the backward pass, and what it recomputes
+        if torch.is_grad_enabled():  # the backward pass, and what it recomputes
             passes += (1 if self._frozen_backbone else 2) + bool(self.args.gradient_checkpointing)
         self._flops["counted"] += passes * self._count_flops(rows, width, width, int(scores.scored.sum()))
         return scores
 
-    def _score(self, model, rollout: Rollout, iteration: int, views: int, batch_size: int | None = None) -> TokenScores:
+    def _score(
+        self, model, rollout: Rollout, iteration: int, views: int, batch_size: int | None = None
+    ) -> TokenScores:
         rollout = perturb_prompt(rollout, self.args.p_mask_prompt, rollout.view_seed, iteration)
         total = None
         for n in range(views):
@@ -330,20 +385,27 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     ):
         """Log-probs of the batch that is being scored or trained on; TRL's own tensors only say how wide it wants them."""
         if self._loss_scores is not None:  # TRL's loss, evaluated on log-probs that are already there
+            self._record_mismatch(self._loss_scores)
             return self._loss_scores.logps, self._loss_scores.entropies, None
         if self._loss_batch is not None:
             rollout, iteration, views = self._loss_batch
             scores = self._score(model, rollout, iteration, views)
+            self._record_mismatch(scores)
             return scores.logps, scores.entropies, None
-        # The generation batch under the old or the reference policy: on the full canvas, for every inner iteration. TRL gets a
-        # placeholder of the width that it cut its completions to; `_generate_and_score_completions` puts the real ones in.
+        # The generation batch under the old or the reference policy: on the full canvas, for every inner iteration.
+        # TRL gets a placeholder of the width that it cut its completions to; `_generate_and_score_completions` puts
+        # the real ones in.
         check_estimator(self.estimator, self._rollout, self.spec)
+        if self._needs_old and not self._scored and self.args.old_logps == "rollout":
+            self._scored.append(self._rollout.logps[:, None])
+            return input_ids.new_zeros(input_ids.shape[0], logits_to_keep, dtype=torch.float32), None, None
         views = self._num_views(self._rollout)
         draws = [self._score(model, self._rollout, k, views, batch_size).logps for k in range(self._num_draws)]
         self._scored.append(torch.stack(draws, dim=1))
         return input_ids.new_zeros(input_ids.shape[0], logits_to_keep, dtype=torch.float32), None, None
 
-    # ------------------------------------------------------------------------------------------------------------- loss
+    # -------------------------------------------------------------------------------------------------------------
+    # loss
 
     @property
     def _inner_iteration(self) -> int:
@@ -426,7 +488,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             views, lambda n: self._score_view(model, perturbed, n, draw), loss, backward, defer_sync, filler
         )
 
-    # ---------------------------------------------------------------------------------------------------------- metrics
+    # ----------------------------------------------------------------------------------------------------------
+    # metrics
 
     def _record_generation(self, rollout: Rollout, training: bool) -> None:
         """Log the sampler's speed and the run's floating-point operations so far, over all processes."""
@@ -443,16 +506,33 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         metrics["flops"] = [totals[0]]
         metrics["flops_paper"] = [totals[1]]
 
+    @torch.no_grad()
+    def _record_mismatch(self, scores: TokenScores) -> None:
+        """Log how far the sampler's own log-probs are from the policy's, where the sampler's serve as the old
+        policy's.
+
+        Before the first update of a cycle the two are the same policy, and what differs is rounding or a cache.
+        """
+        if self.args.old_logps != "rollout" or not self.model.training or self._inner_iteration:
+            return
+        rollout = self._loss_batch[0]
+        ratio = (scores.logps - rollout.logps)[rollout.counted]
+        kl = (ratio.exp() - 1 - ratio).mean().nan_to_num()
+        metrics = self._metrics["train"]
+        metrics["sampling/mismatch_kl"].append(self.accelerator.gather(kl).mean().item())
+        metrics["sampling/mismatch_max"].append(self.accelerator.gather(ratio.abs().max()).max().item())
+
     def _paper_flops(self, rollout: Rollout) -> int:
         """d2 App. C.2 for this process's completions: sampling, old and reference log-probs, and every inner update."""
         tokens = rollout.completion_ids.numel()
         views = self.estimator.num_views(rollout)
-        old = self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
+        old = self._needs_old and self.args.old_logps == "recompute"
         scored = (old + (self.beta != 0)) * self._num_draws * views * 2
         update = self.num_iterations * views * (4 if self._frozen_backbone else 6)
         return tokens * self._parameters * (2 * int(rollout.num_steps.max()) + scored + update)
 
-    # -------------------------------------------------------------------------------------------------------- model card
+    # -------------------------------------------------------------------------------------------------------- model
+    # card
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):
         """TRL's model card, with this library's way to generate instead of an autoregressive pipeline."""

@@ -1,5 +1,6 @@
 """Settings of `DiffusionSFTTrainer`: TRL's, and what a diffusion model adds."""
 
+import math
 from dataclasses import dataclass, field, fields
 
 from trl import SFTConfig
@@ -18,7 +19,7 @@ _REFUSED: dict[str, tuple[tuple, str]] = {
     "router_aux_loss_coef": ((None, 0, 0.0), "the scorer returns no load-balancing loss; leave it unset"),
 }
 
-_CHOICES = {"objective": ("masked_diffusion",), "loss_weight": ("1/t", "none")}
+_CHOICES = {"objective": ("masked_diffusion", "any_order"), "loss_weight": ("1/t", "none")}
 
 
 @dataclass
@@ -31,7 +32,9 @@ class DiffusionSFTConfig(SFTConfig):
     their default.
 
     objective (`str`, *optional*, defaults to `"masked_diffusion"`):
-        What is trained: `"masked_diffusion"` (LLaDA Algorithm 2, d1's SFT).
+        What is trained: `"masked_diffusion"` (LLaDA Algorithm 2, d1's SFT), or `"any_order"`, which makes an any-order
+        model of a denoiser (d2 Eq. 73): random order within each block of `block_length` (32 if not set), blocks left
+        to right, each token predicted from those before it.
     loss_weight (`str`, *optional*, defaults to `"1/t"`):
         What a masked token's cross-entropy counts for, before it is divided by the answer's length: `"1/t"`, a bound
         on the negative log-likelihood, or `"none"`, 1, which has less variance and suits small models.
@@ -45,12 +48,16 @@ class DiffusionSFTConfig(SFTConfig):
         Answers are filled with EOS to a multiple of this many tokens.
     trainable_modules (`list[str]`, *optional*):
         Train only the modules whose name ends with one of these (`["q_proj", "k_proj", "v_proj"]`) and freeze the
-        rest. `None` trains all of them.
+        rest. `None` trains all of them, or with `objective="any_order"` d2's q, k and v projections; `["all"]` trains
+        all of them in any case.
     """
 
     objective: str = field(
         default="masked_diffusion",
-        metadata={"help": "What is trained: 'masked_diffusion'.", "choices": list(_CHOICES["objective"])},
+        metadata={
+            "help": "What is trained: 'masked_diffusion' or 'any_order'.",
+            "choices": list(_CHOICES["objective"]),
+        },
     )
     loss_weight: str = field(
         default="1/t",
@@ -80,7 +87,7 @@ class DiffusionSFTConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Train only the modules whose name ends with one of these and freeze the rest. None trains all of "
-            "them."
+            "them, or q, k and v with the any_order objective; ['all'] trains all of them in any case."
         },
     )
 
@@ -112,6 +119,8 @@ class DiffusionSFTConfig(SFTConfig):
                 f"canvas_length={self.canvas_length} is not a multiple of block_length={self.block_length}; use "
                 f"{below + self.block_length}{f' or {below}' if below else ''}."
             )
+        if self.objective == "any_order" and self.block_length is None:
+            self.block_length = math.gcd(32, self.canvas_length or 32)
         if isinstance(self.trainable_modules, str) or self.trainable_modules == []:
             raise ValueError(
                 f"trainable_modules={self.trainable_modules!r} must be a list of at least one module name, such as "

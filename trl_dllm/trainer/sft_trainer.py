@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
@@ -21,7 +22,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..likelihood import View, score_view
 from ..likelihood.view import IGNORE
-from ..models import Attention, MaskedDiffusionSpec, unwrap
+from ..models import NEVER, Attention, MaskedDiffusionSpec, unwrap
+from ..models.spec import check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
 from .model_card import rewrite_quick_start
 from .sft_config import DiffusionSFTConfig
@@ -117,8 +119,53 @@ def masked_diffusion_view(
     )
 
 
+def any_order_view(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    answer: Tensor,
+    seeds: Tensor,
+    spec: MaskedDiffusionSpec,
+    args: DiffusionSFTConfig,
+) -> View:
+    """d2's any-order causal fine-tuning (Eq. 73, App. C.1.2): each answer token from those before it in a random
+    order.
+
+    The order is random within a block and left to right between blocks of `args.block_length`, one token at a time.
+    The layout is `likelihood/any_order.py`'s, prompt ⊕ answer ⊕ masks: answer token j attends to the prompt and to
+    tokens up to itself in the order, its mask to the prompt, itself and the tokens before it, and is scored.
+
+    Args and returns as in `masked_diffusion_view`; the view has S columns and one more for each token of the longest
+    answer.
+    """
+    rows, width = input_ids.shape
+    count = answer.sum(dim=1, keepdim=True)
+    place = torch.arange(max(int(count.max()), 1), device=input_ids.device)
+    real = place < count  # (B, A): the answer's tokens, from its first
+    column = (answer.long().argmax(dim=1, keepdim=True) + place).clamp(max=width - 1)
+    block = place // args.block_length
+    draw = uniform(seeds[:, None], Purpose.SFT, 2, place) + block  # blocks first, then the draws within a block
+    rank = draw.masked_fill(~real, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    level = (1 + rank).masked_fill(~real, NEVER)
+    behind = attention_mask == 0
+    row_level = torch.zeros_like(input_ids).scatter(1, column, torch.where(real, level, 0)).masked_fill(behind, NEVER)
+    positions = torch.arange(width, device=input_ids.device).expand_as(input_ids)
+    unscored = torch.full_like(input_ids, IGNORE)
+    weight = (1 / count.clamp(min=1)).expand(rows, width + len(place))
+    return View(
+        input_ids=torch.cat([input_ids, torch.full_like(column, spec.mask_token_id)], dim=1),
+        position_ids=torch.cat([positions, column], dim=1),
+        attention=Attention(
+            key=torch.cat([row_level, torch.full_like(level, NEVER)], dim=1),
+            query=torch.cat([row_level.masked_fill(behind, 0), rank.masked_fill(~real, 0)], dim=1),
+        ),
+        targets=torch.cat([unscored, input_ids.gather(1, column).masked_fill(~real, IGNORE)], dim=1),
+        index=torch.cat([positions, column], dim=1),
+        weight=weight,
+    )
+
+
 # The config's `objective` names. Each builds the view of a batch whose weighted log-probs, negated, are the losses.
-OBJECTIVES: dict[str, Callable[..., View]] = {"masked_diffusion": masked_diffusion_view}
+OBJECTIVES: dict[str, Callable[..., View]] = {"masked_diffusion": masked_diffusion_view, "any_order": any_order_view}
 
 
 class DiffusionSFTTrainer(SFTTrainer):
@@ -196,7 +243,9 @@ class DiffusionSFTTrainer(SFTTrainer):
                 "models are supported. Pass the model's tokenizer."
             )
         if given.get("processing_class") is not None:
-            MaskedDiffusionSpec.from_config(config, given["processing_class"])
+            spec = MaskedDiffusionSpec.from_config(config, given["processing_class"])
+            if args.objective == "any_order":
+                check_unshifted("objective='any_order'", spec.logits_shift)
 
         self._micro_step = 0  # micro-batches of the current optimizer step that this process has scored
         super().__init__(*bound.args[1:], **bound.kwargs)
@@ -217,8 +266,11 @@ class DiffusionSFTTrainer(SFTTrainer):
                 block_length=args.block_length,
                 max_length=args.max_length,
             )
-        if args.trainable_modules is not None:
-            freeze_all_but(self.model, args.trainable_modules)
+        trainable = args.trainable_modules
+        if trainable is None and args.objective == "any_order" and not isinstance(self.model, PeftModel):
+            trainable = ["q_proj", "k_proj", "v_proj"]  # d2 App. C.1.2
+        if trainable not in (None, ["all"]):
+            freeze_all_but(self.model, trainable)
             if args.gradient_checkpointing:  # reentrant checkpointing gives no gradient behind frozen embeddings
                 self.model.enable_input_require_grads()
 

@@ -1,0 +1,41 @@
+"""One thread for every test, tiny models of each family, and the folder with the real data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from oracles import sharp_model
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["llada", "dream"])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def models():
+    """`models(family, dtype=torch.float64, attn="sdpa")`: a tiny model far from uniform. Shared: do not change it."""
+    cache = {}
+
+    def get(family: str, dtype: torch.dtype = torch.float64, attn: str = "sdpa"):
+        key = (family, dtype, attn)
+        if key not in cache:
+            cache[key] = sharp_model(family, dtype=dtype, attn_implementation=attn)
+        return cache[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the real data (GSM8K, Countdown, Sudoku, stored generations, …)."""
+    path = os.environ.get("TRL_DLLM_DATA")
+    if not path:
+        pytest.skip("TRL_DLLM_DATA is not set: it must name the folder with the real data")
+    if not Path(path).is_dir():
+        pytest.skip(f"TRL_DLLM_DATA={path!r} is not a folder")
+    return Path(path)

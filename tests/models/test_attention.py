@@ -1,0 +1,132 @@
+"""Attention patterns: the rule against loops, and every backend's form against a dense mask."""
+
+import pytest
+import torch
+from oracles import left_pad
+
+from trl_dllm.models import NEVER, Attention, attention_mask
+
+
+def random_pattern(rows=3, size=10, seed=0):
+    """Levels in 0..4 with a third of the keys NEVER, and queries that see nothing (-1) or everything."""
+    generator = torch.Generator().manual_seed(seed)
+    key = torch.randint(0, 5, (rows, size), generator=generator)
+    key = key.masked_fill(torch.rand(rows, size, generator=generator) < 0.3, NEVER)
+    return Attention(key=key, query=torch.randint(-1, 6, (rows, size), generator=generator))
+
+
+def slow_rule(attention: Attention) -> list:
+    rows, size = attention.key.shape
+    out = []
+    for b in range(rows):
+        table = []
+        for q in range(size):
+            level = 0 if attention.query is None else attention.query[b, q].item()
+            table.append([attention.key[b, k].item() <= level or q == k for k in range(size)])
+        out.append(table)
+    return out
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rule_equals_loops(seed):
+    """Row q sees column k iff key[k] <= query[q], or q is k."""
+    attention = random_pattern(seed=seed)
+    assert attention.allowed().tolist() == slow_rule(attention)
+    assert attention[1:].allowed().tolist() == slow_rule(attention)[1:]
+
+
+def test_padding_pattern_equals_loops_and_is_a_2d_mask_everywhere():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
+    attention = Attention.padding(mask)
+    assert attention.query is None and attention[0:1].query is None
+    assert attention.allowed().tolist() == slow_rule(attention)
+    expected = [[[bool(mask[b, k]) or q == k for k in range(4)] for q in range(4)] for b in range(3)]
+    assert attention.allowed().tolist() == expected
+    for implementation in ("sdpa", "eager", "flex_attention", "flash_attention_2"):
+        assert torch.equal(attention_mask(attention, implementation, torch.float32), mask)
+
+
+def test_no_row_is_empty():
+    """An empty softmax is NaN: a row that sees nothing sees itself."""
+    attention = Attention(key=torch.full((1, 4), NEVER), query=torch.full((1, 4), -1))
+    assert torch.equal(attention.allowed()[0], torch.eye(4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_forms_of_the_backends(dtype):
+    """sdpa: bool; eager: additive with finfo.min (bool is silently wrong there, -inf gives NaN)."""
+    attention = random_pattern()
+    allowed = torch.tensor(slow_rule(attention))[:, None]
+    sdpa, eager = (attention_mask(attention, name, dtype) for name in ("sdpa", "eager"))
+    assert sdpa.dtype == torch.bool and torch.equal(sdpa, allowed)
+    assert eager.dtype == dtype
+    assert eager[allowed].eq(0).all() and eager[~allowed].eq(torch.finfo(dtype).min).all()
+
+
+def test_flash_attention_is_refused_with_a_remedy():
+    with pytest.raises(
+        ValueError, match=r"attn_implementation='flash_attention_2'.*'sdpa', 'flex_attention' or 'eager'"
+    ):
+        attention_mask(random_pattern(), "flash_attention_2", torch.float32)
+
+
+def dense_reference(model, ids, positions, allowed):
+    """Hidden states with a dense additive mask written here, one row at a time."""
+    out = []
+    for row in range(len(ids)):
+        minimum = torch.finfo(model.dtype).min
+        bias = torch.tensor([[0.0 if seen else minimum for seen in line] for line in allowed[row]], dtype=model.dtype)
+        inputs = {"input_ids": ids[row : row + 1], "position_ids": positions[row : row + 1], "use_cache": False}
+        out.append(model.model(attention_mask=bias[None, None], **inputs).last_hidden_state)
+    return torch.cat(out)
+
+
+def check_backend(models, family, implementation, size=10):
+    attention = random_pattern(size=size)
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(4, 101, attention.key.shape, generator=generator)
+    positions = torch.randint(0, size // 2, attention.key.shape, generator=generator)  # repeated, in no order
+    with torch.no_grad():
+        want = dense_reference(models(family, torch.float32, "eager"), ids, positions, slow_rule(attention))
+        model = models(family, torch.float32, implementation)
+        assert model.config._attn_implementation == implementation
+        mask = attention_mask(attention, implementation, torch.float32)
+        inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
+        got = model.model(**inputs).last_hidden_state
+        full = model.model(**{**inputs, "attention_mask": None}).last_hidden_state
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert (full - want).abs().max() > 0.1, "the pattern should matter"
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_backend_equals_dense_reference(models, family, implementation):
+    check_backend(models, family, implementation)
+
+
+@pytest.mark.slow
+def test_flex_attention_equals_dense_reference(models):
+    """Forward only: flex_attention has no backward on a CPU. Slow: it compiles for about 40 seconds."""
+    check_backend(models, "llada", "flex_attention")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_left_padding_changes_nothing(models, family, implementation):
+    """Identity 7: a padded row in a batch equals the row by itself; position ids are counted without padding."""
+    model = models(family, torch.float32, implementation)
+    prompts = [[5, 9, 77, 20, 64], [33], [90, 14, 8]]
+    ids, mask = left_pad(prompts, width=7)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        form = attention_mask(Attention.padding(mask), implementation, torch.float32)
+        padded = model(input_ids=ids, attention_mask=form, position_ids=positions, use_cache=False).logits
+        for row, prompt in enumerate(prompts):
+            alone = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0]
+            torch.testing.assert_close(padded[row, -len(prompt) :], alone, atol=5e-5, rtol=0)
+
+
+def test_models_are_bidirectional(models, family):
+    """The last token changes the first row's output."""
+    model = models(family)
+    with torch.no_grad():
+        a, b = (model(input_ids=torch.tensor([[5, 6, 7, last]])).logits[0, 0] for last in (8, 70))
+    assert (a - b).abs().max() > 1e-3

@@ -1,0 +1,246 @@
+"""What the GRPO tests share: a tiny sharp model, prompts of different lengths, and a trainer that checks itself.
+
+Import it as `from helpers_grpo import …`; pytest puts this folder on the path.
+"""
+
+import gc
+from collections import defaultdict
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+from trl import GRPOTrainer
+
+from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, Rollout
+from trl_dllm.likelihood import Estimator, token_logps
+from trl_dllm.models import create_tiny_model
+
+
+torch.set_num_threads(1)
+
+# accelerate collects garbage whenever `train` starts: half of a tiny run, unless what was imported is taken out of it.
+gc.collect()
+gc.freeze()
+
+# Rows differ in length: equal rows would hide wrong normalisers and wrong masks.
+PROMPTS = ["ab", "abcdefg", "x", "a rather longer prompt"]
+
+
+def text_prompts(repeats: int = 8) -> Dataset:
+    return Dataset.from_dict({"prompt": PROMPTS * repeats, "answer": [p[::-1] for p in PROMPTS] * repeats})
+
+
+def chat_prompts(repeats: int = 8) -> Dataset:
+    prompts = [[{"role": "user", "content": p}] for p in PROMPTS]
+    return Dataset.from_dict({"prompt": prompts * repeats, "answer": [p[::-1] for p in PROMPTS] * repeats})
+
+
+def text_of(completion) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def reward(completions, **kwargs) -> list[float]:
+    """A deterministic function of the text that differs between almost all completions."""
+    return [sum((i + 1) * ord(c) for i, c in enumerate(text_of(completion))) % 11 / 11 for completion in completions]
+
+
+def tiny(
+    family: str = "llada", hidden_size: int = 16, num_layers: int = 1, seed: int = 0, scale: float = 12.0, **kwargs
+):
+    """A tiny model whose predictions are far from uniform, and its tokenizer."""
+    model, tokenizer = create_tiny_model(family, hidden_size, num_layers, seed, **kwargs)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(scale)
+            else:
+                parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.5)
+        model.lm_head.weight[tokenizer.eos_token_id] *= 3  # completions end at different places
+    return model, tokenizer
+
+
+def with_head_bias(model, **bias: float):
+    """The model with a bias on its output head: `with_head_bias(model, t1=3.0)` adds 3 to the logit of token 1."""
+    head = model.lm_head
+    biased = nn.Linear(head.in_features, head.out_features, bias=True, dtype=head.weight.dtype)
+    with torch.no_grad():
+        biased.weight.copy_(head.weight)
+        biased.bias.zero_()
+        for token, value in bias.items():
+            biased.bias[int(token[1:])] = value
+    model.lm_head = biased
+    return model
+
+
+def lora(**kwargs) -> LoraConfig:
+    return LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": "all-linear", **kwargs})
+
+
+def config(folder, **kwargs) -> DiffusionGRPOConfig:
+    """Two micro-batches of four rows a step, a canvas of 8 in two blocks, decoded in four steps."""
+    settings = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-2,
+        "seed": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_generations": 4,
+        "max_steps": 1,
+        "max_completion_length": 8,
+        "block_length": 4,
+        "diffusion_steps": 4,
+    }
+    return DiffusionGRPOConfig(str(folder), **{**settings, **kwargs})
+
+
+def build(folder, trainer_class=DiffusionGRPOTrainer, model=None, tokenizer=None, peft=False, data=None, **kwargs):
+    """A trainer on the tiny model; keywords that the trainer itself takes go to it, the others to the config."""
+    own = {k: kwargs.pop(k) for k in ("eval_dataset", "callbacks", "quantization_config") if k in kwargs}
+    if isinstance(kwargs.get("estimator"), Estimator):
+        own["estimator"] = kwargs.pop("estimator")
+    rewards = kwargs.pop("reward_funcs", reward)
+    if model is None:
+        model, tokenizer = tiny()
+    return trainer_class(
+        model,
+        rewards,
+        config(folder, **kwargs),
+        train_dataset=text_prompts() if data is None else data,
+        processing_class=tokenizer,
+        peft_config=(lora() if peft is True else peft) or None,
+        **own,
+    )
+
+
+def weights(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def moved(before: dict, trainer) -> bool:
+    return any(not torch.equal(before[name], value) for name, value in weights(trainer).items())
+
+
+def losses(trainer, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def as_rollout(trainer, inputs) -> Rollout:
+    """The rollout of a micro-batch, as TRL's buffer carries it."""
+    return Rollout(
+        prompt_ids=inputs["prompt_ids"],
+        prompt_mask=inputs["prompt_mask"],
+        completion_ids=inputs["completion_ids"],
+        unmask_step=inputs["unmask_step"],
+        logps=inputs["rollout_logps"],
+        counted=inputs["counted"],
+        view_seed=inputs["view_seed"],
+        mask_token_id=trainer.spec.mask_token_id,
+        temperature=trainer.args.temperature,
+    )
+
+
+class OneGraphTrainer(DiffusionGRPOTrainer):
+    """The control: TRL's loss on one graph through all views."""
+
+    def _segmented_loss(self, model, inputs, *args):
+        return GRPOTrainer._compute_loss(self, model, inputs)
+
+
+class CountingTrainer(DiffusionGRPOTrainer):
+    """Counts inner iterations by itself: micro-steps since the last generation, over `steps_per_generation`."""
+
+    _since_generation = 0
+
+    @property
+    def true_iteration(self) -> int:
+        return self._since_generation // self.args.steps_per_generation
+
+    def _generate_and_score_completions(self, inputs):
+        outputs = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self._since_generation = 0
+        return outputs
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._since_generation += 1
+        return loss
+
+
+class CheckedTrainer(CountingTrainer):
+    """Compares each micro-step's gradients with those of TRL's loss on one graph through all views.
+
+    The log-probs of that graph come from the public `token_logps`, so the trainer's own scoring and its segmented
+    backward pass are on the other side of the comparison.
+    """
+
+    _oracle = None
+
+    def __init__(self, *args, **kwargs):
+        self.gradient_errors, self.loss_errors, self.largest = [], [], []
+        super().__init__(*args, **kwargs)
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        if self._oracle is not None:
+            return self._oracle.logps, self._oracle.entropies, None
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _one_graph(self, model, inputs):
+        draws = inputs["old_per_token_logps"].shape[1] if "old_per_token_logps" in inputs else self.num_iterations
+        stacked = {k: v for k, v in inputs.items() if k in ("old_per_token_logps", "ref_per_token_logps")}
+        iteration = self.true_iteration if self.args.p_mask_prompt > 0 else 0
+        assert (
+            draws == (self.num_iterations if self.args.p_mask_prompt > 0 else 1) or "old_per_token_logps" not in inputs
+        )
+        sliced = {k: v[:, min(iteration, v.shape[1] - 1)] for k, v in stacked.items()}
+        self._oracle = token_logps(
+            model,
+            as_rollout(self, inputs),
+            self.estimator,
+            temperature=self.args.score_temperature,
+            iteration=iteration,
+            p_mask_prompt=self.args.p_mask_prompt,
+            differentiable_entropy=True,
+        )
+        metrics, self._metrics = self._metrics, defaultdict(lambda: defaultdict(list))
+        try:
+            loss = GRPOTrainer._compute_loss(self, model, {**inputs, **sliced})
+        finally:
+            self._oracle, self._metrics = None, metrics
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.detach(), [
+            torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)
+        ]
+
+    def _compute_loss(self, model, inputs):
+        if torch.is_grad_enabled():
+            self._expected = self._one_graph(model, inputs)
+        return super()._compute_loss(model, inputs)
+
+    def training_step(self, *args, **kwargs):
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        accumulated = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        loss = super().training_step(*args, **kwargs)
+        expected_loss, expected = self._expected
+        added = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for p, mine, before in zip(parameters, added, accumulated, strict=True):
+            p.grad = mine if before is None else mine + before
+        scale = max(g.abs().max() for g in expected)
+        errors = [(a - e).abs().max() for a, e in zip(added, expected, strict=True)]
+        # A micro-batch of equal rewards has no gradient at all; its error is then absolute.
+        self.gradient_errors.append((max(errors) / (scale if scale > 0 else 1)).item())
+        self.loss_errors.append((loss - expected_loss).abs().item())
+        self.largest.append(scale.item())
+        return loss

@@ -1,0 +1,333 @@
+"""What does not apply to a diffusion model is refused before any weight is loaded, by field, value and remedy."""
+
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import transformers
+from helpers_grpo import build, config, losses, moved, reward, text_prompts, tiny, weights
+from peft import PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, LlamaConfig, PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+
+from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_dllm.likelihood import ExactTrajectory, MeanField, StepMerge
+from trl_dllm.trainer.grpo_trainer import check_trl
+
+
+# field and value(s) -> (the value as the message must show it, a word of the remedy)
+REFUSED = [
+    ({"estimator": "step_merg"}, "'step_merg'", "did you mean 'step_merge'"),
+    ({"estimator": "zzz"}, "'zzz'", "mean_field"),
+    ({"num_segments": 0}, "0", "between 1 and"),
+    ({"num_segments": 5, "diffusion_steps": 4}, "5", "decoding steps, 4"),
+    ({"num_segments": 9, "confidence_threshold": 0.5, "diffusion_steps": None}, "9", "8"),
+    ({"num_segments": 2, "estimator": "mean_field"}, "2", "remove it"),
+    ({"estimator_kwargs": {"num_segmentz": 4}}, "'num_segmentz'", "did you mean 'num_segments'"),
+    ({"block_length": 3}, "3", "choose a divisor of 8"),
+    ({"block_length": 0}, "0", "choose a divisor of 8"),
+    ({"diffusion_steps": 3}, "3", "multiple of 2"),
+    ({"diffusion_steps": 16}, "16", "between 2 and 8"),
+    ({"tokens_per_step": 2, "diffusion_steps": 4}, "2", "set one"),
+    ({"tokens_per_step": 3, "diffusion_steps": None}, "3", "choose a divisor of 4"),
+    ({"max_completion_length": None}, "None", "set a number"),
+    ({"remasking": "confidence"}, "'confidence'", "low_confidence"),
+    ({"decoding": "autoregressive"}, "'autoregressive'", "denoising"),
+    ({"cache": "prefix"}, "'prefix'", "None"),
+    ({"old_logps": "sampler"}, "'sampler'", "choose 'recompute'"),
+    ({"old_logps": "rollout", "num_segments": 2}, "'rollout'", "old_logps='recompute'"),
+    (
+        {"old_logps": "rollout", "estimator": "exact_trajectory", "p_mask_prompt": 0.15},
+        "'rollout'",
+        "p_mask_prompt=0.15",
+    ),
+    (
+        {"old_logps": "rollout", "estimator": "exact_trajectory", "score_temperature": 0.5},
+        "'rollout'",
+        "score_temperature=0.5",
+    ),
+    ({"confidence_threshold": 0.9, "remasking": "left_to_right"}, "0.9", "choose 'low_confidence'"),
+    ({"temperature": -1.0}, "-1.0", "0 is greedy"),
+    ({"p_mask_prompt": 1.0}, "1.0", "0.15"),
+    ({"p_mask_prompt": -0.1}, "-0.1", "[0, 1)"),
+    ({"loss_tokens": "all"}, "'all'", "'canvas'"),
+    ({"score_temperature": 0.0}, "0.0", "1.0"),
+    ({"sampler_batch_size": 0}, "0", "None"),
+    ({"cfg_scale": 1.5}, "1.5", "generation and evaluation"),
+    ({"use_vllm": True}, "True", "masked diffusion decoding"),
+    ({"use_transformers_continuous_batching": True}, "True", "leave it off"),
+    ({"top_k": 50}, "50", "use temperature"),
+    ({"top_p": 0.9}, "0.9", "use temperature"),
+    ({"min_p": 0.1}, "0.1", "use temperature"),
+    ({"repetition_penalty": 1.1}, "1.1", "leave it at 1.0"),
+    ({"generation_kwargs": {"num_beams": 2}}, "{'num_beams': 2}", "block_length"),
+    ({"cache_implementation": "static"}, "'static'", "use `cache`"),
+    ({"use_liger_kernel": True}, "True", "leave it off"),
+    ({"router_aux_loss_coef": 0.1}, "0.1", "leave it at 0"),
+]
+
+
+@pytest.mark.parametrize(
+    "settings, value, remedy", REFUSED, ids=["-".join(map(str, case[0])) + f"={case[1]}" for case in REFUSED]
+)
+def test_a_setting_that_does_not_apply_is_refused_by_field_value_and_remedy(tmp_path, settings, value, remedy):
+    with pytest.raises(ValueError) as error:
+        config(tmp_path, **settings)
+    message = str(error.value)
+    assert next(iter(settings)) in message, message
+    assert value in message, message
+    assert remedy in message, message
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading any weight fails the test."""
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("weights were loaded before the error")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", loaded)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """`checkpoint(config, mask=True)`: a folder with a config and a tokenizer, and no weights at all."""
+
+    def write(model_config=None, mask=True) -> str:
+        model, tokenizer = tiny()
+        if not mask:
+            tokenizer.mask_token = None
+        folder = tmp_path / "checkpoint"
+        model_config = model_config or model.config
+        model_config.architectures = model_config.architectures or ["LLaDAModelLM"]
+        model_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return write
+
+
+def make(tmp_path, model, tokenizer=None, args=None, **kwargs):
+    args = args or config(tmp_path / "run")
+    return DiffusionGRPOTrainer(model, reward, args, text_prompts(), processing_class=tokenizer, **kwargs)
+
+
+def llama(**kwargs):
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    return LlamaConfig(vocab_size=101, num_key_value_heads=1, architectures=["LlamaForCausalLM"], **size, **kwargs)
+
+
+def test_the_fixture_notices_loaded_weights(tmp_path, checkpoint, no_weights):
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        make(tmp_path, checkpoint())
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_samplers_that_join_generations_are_refused_before_weights_load(tmp_path, checkpoint, no_weights, name):
+    def tool():
+        """A tool."""
+
+    value = [tool] if name == "tools" else tool
+    with pytest.raises(ValueError, match=rf"{name}=.*tool.*Remove it"):
+        make(tmp_path, checkpoint(), **{name: value})
+
+
+@pytest.mark.parametrize("as_instance", [False, True])
+def test_an_autoregressive_model_is_refused_before_weights_load(tmp_path, checkpoint, no_weights, as_instance):
+    model = checkpoint(llama())
+    if as_instance:
+        model = transformers.LlamaForCausalLM(llama())
+    with pytest.raises(ValueError, match=r"(?s)'llama'.*is_causal.*autoregressive.*set config.is_causal = False"):
+        make(tmp_path, model, tiny()[1])
+
+
+def test_a_model_without_a_mask_token_is_refused_before_weights_load(tmp_path, checkpoint, no_weights):
+    with pytest.raises(ValueError, match=r"mask_token_id is missing.*'llama'.*Set config.mask_token_id"):
+        make(tmp_path, checkpoint(llama(is_causal=False), mask=False))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["checkpoint's tokenizer", "tokenizer given"])
+def test_a_tokenizer_with_another_mask_token_is_refused_before_weights_load(tmp_path, checkpoint, no_weights, given):
+    folder = checkpoint(llama(is_causal=False, mask_token_id=7))
+    with pytest.raises(
+        ValueError, match=r"mask_token_id=7.*tokenizer's mask token has id 3.*Use the checkpoint's own"
+    ):
+        make(tmp_path, folder, tiny()[1] if given else None)
+
+
+def test_a_mask_token_that_only_the_checkpoints_tokenizer_names_is_enough(tmp_path):
+    folder = str(tmp_path / "stock")
+    transformers.LlamaForCausalLM(llama(is_causal=False)).save_pretrained(folder)
+    tokenizer = tiny()[1]
+    tokenizer.save_pretrained(folder)
+    trainer = make(tmp_path, folder)
+    assert trainer.spec.mask_token_id == tokenizer.mask_token_id
+    before = weights(trainer)
+    trainer.train()
+    assert moved(before, trainer)
+
+
+def test_a_uniform_noise_diffusion_model_is_refused_before_weights_load(tmp_path, checkpoint, no_weights):
+    folder = checkpoint(AutoConfig.for_model("diffusion_gemma"))
+    with pytest.raises(NotImplementedError, match=r"'diffusion_gemma'.*no mask token.*Use a masked diffusion model"):
+        make(tmp_path, folder)
+
+
+def test_logits_transformed_behind_the_head_are_refused_before_weights_load(tmp_path, checkpoint, no_weights):
+    folder = checkpoint(llama(is_causal=False, mask_token_id=3, final_logit_softcapping=30.0))
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30.0 is not supported"):
+        make(tmp_path, folder)
+
+
+def test_a_multimodal_processor_is_refused_before_weights_load(tmp_path, checkpoint, no_weights):
+    processor = object.__new__(transformers.ProcessorMixin)
+    with pytest.raises(ValueError, match=r"processing_class=ProcessorMixin.*Pass the model's tokenizer"):
+        make(tmp_path, checkpoint(), processor)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
+def test_virtual_tokens_are_refused_before_weights_load(tmp_path, checkpoint, no_weights, wrapped):
+    """They would stand before the prompt, and every row that the scorer reads would be another one."""
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = get_peft_model(tiny()[0], adapter) if wrapped else checkpoint()
+    with pytest.raises(ValueError, match=r"peft_config=PromptTuningConfig.*Use LoRA"):
+        make(tmp_path, model, tiny()[1], peft_config=None if wrapped else adapter)
+
+
+def test_the_name_of_an_estimator_belongs_in_the_config(tmp_path, checkpoint, no_weights):
+    with pytest.raises(TypeError, match=r"estimator='mean_field' must be an Estimator instance.*DiffusionGRPOConfig"):
+        make(tmp_path, checkpoint(), estimator="mean_field")
+
+
+def test_arguments_of_another_trainer_are_refused(tmp_path, checkpoint, no_weights):
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match="args must be a DiffusionGRPOConfig, got TrainingArguments"):
+        make(tmp_path, checkpoint(), args=arguments)
+    with pytest.raises(TypeError, match="model must be a name or a transformers model, got dict"):
+        make(tmp_path, {})
+
+
+def test_a_trl_whose_methods_moved_is_refused_by_name(monkeypatch):
+    check_trl()
+
+    class Moved(GRPOTrainer):
+        def _compute_loss(self, model, batch):
+            pass
+
+    with pytest.raises(RuntimeError, match=r"Moved._compute_loss has no parameter 'inputs'.*Install trl"):
+        check_trl(Moved)
+
+    class Gone:
+        pass
+
+    with pytest.raises(RuntimeError, match=r"Gone._generate does not exist"):
+        check_trl(Gone)
+
+
+# ------------------------------------------------------------------------------------------------------------ defaults
+
+
+def test_a_stock_config_runs_with_the_diffusion_defaults(tmp_path):
+    model, tokenizer = tiny()
+    args = GRPOConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=12,
+        max_steps=2,
+        num_iterations=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        logging_steps=1,
+        beta=0.04,
+    )
+    trainer = DiffusionGRPOTrainer(model, reward, args, text_prompts(), processing_class=tokenizer)
+    assert isinstance(trainer.args, DiffusionGRPOConfig) and isinstance(trainer.estimator, StepMerge)
+    assert trainer.args.disable_dropout
+    assert (trainer.sampling.block_length, trainer.sampling.diffusion_steps) == (12, 6)
+    assert trainer.args.num_segments == 6 == trainer.estimator.num_segments
+    before = weights(trainer)
+    trainer.train()
+    assert moved(before, trainer) and len(losses(trainer)) == 2
+
+
+def test_a_stock_config_with_an_option_that_does_not_apply_is_refused(tmp_path, checkpoint, no_weights):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, top_k=5)
+    with pytest.raises(ValueError, match="top_k=5"):
+        make(tmp_path, checkpoint(), args=args)
+
+
+@pytest.mark.parametrize(
+    "canvas, block, steps, segments",
+    [(256, 32, 128, 8), (8, 8, 4, 4), (7, 7, 3, 3), (62, 31, 30, 8), (37, 1, 37, 8), (1, 1, 1, 1)],
+)
+def test_defaults_fit_every_canvas(tmp_path, canvas, block, steps, segments):
+    found = config(tmp_path, max_completion_length=canvas, block_length=None, diffusion_steps=None)
+    sampling = found.generation_config()
+    assert (sampling.block_length, sampling.diffusion_steps, found.num_segments) == (block, steps, segments)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"estimator": "mean_field"}, MeanField),
+        ({"estimator": "exact_trajectory"}, ExactTrajectory),
+        ({"estimator_kwargs": {"num_segments": 3}}, StepMerge),
+        ({"estimator_kwargs": '{"num_segments": 3}'}, StepMerge),
+    ],
+    ids=str,
+)
+def test_the_estimator_that_the_fields_name_is_built(tmp_path, settings, expected):
+    built = config(tmp_path, **settings).build_estimator()
+    assert type(built) is expected
+    assert expected is not StepMerge or built.num_segments == 3
+
+
+def test_an_estimator_instance_replaces_the_named_one(tmp_path):
+    trainer = build(tmp_path, estimator=StepMerge(2), num_segments=4)
+    assert trainer.estimator.num_segments == 2
+    trainer.train()
+
+
+def test_every_field_is_documented_twice():
+    stock = {f.name for f in fields(GRPOConfig)}
+    for f in fields(DiffusionGRPOConfig):
+        if f.name not in stock or f.name == "disable_dropout":
+            assert f.metadata.get("help"), f.name
+            assert f.name in DiffusionGRPOConfig.__doc__, f.name
+
+
+@pytest.mark.parametrize(
+    "accumulation, per_generation, iterations, save_steps, multiple",
+    [(2, 2, 2, 3, 2), (2, 2, 2, 4, None), (4, 2, 3, 2, 3), (4, 2, 3, 3, None), (1, 2, 2, 6, 4), (2, 2, 1, 1, None)],
+)
+def test_a_checkpoint_inside_a_cycle_is_warned_about_with_the_right_multiple(
+    tmp_path, recwarn, accumulation, per_generation, iterations, save_steps, multiple
+):
+    build(
+        tmp_path,
+        gradient_accumulation_steps=accumulation,
+        steps_per_generation=per_generation,
+        num_iterations=iterations,
+        save_strategy="steps",
+        save_steps=save_steps,
+    )
+    messages = [str(w.message) for w in recwarn if "save_steps" in str(w.message)]
+    if multiple is None:
+        assert not messages
+    else:
+        assert len(messages) == 1 and f"Multiples of {multiple} resume" in messages[0], messages
+
+
+def test_importing_the_package_does_not_import_trl():
+    """TRL takes seconds to import; samplers and likelihoods do without it."""
+    code = (
+        "import sys, trl_dllm as t; m = sys.modules; assert 'trl' not in m; t.DiffusionGRPOConfig; assert 'trl' in m"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})

@@ -1,0 +1,74 @@
+"""Drawing completions: the entry point of every decoder."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..models import MaskedDiffusionSpec
+from ..models.spec import check_unshifted
+from ..noise import Purpose, hash64
+from ..rollout import Rollout
+from .any_order import AnyOrderDecoding, CachedAnyOrderDecoding
+from .config import DiffusionGenerationConfig
+from .denoising import Denoising
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    config: DiffusionGenerationConfig,
+    seeds: Tensor | None = None,
+    spec: MaskedDiffusionSpec | None = None,
+    batch_size: int | None = None,
+    still_running: Callable[[bool], bool] = bool,
+) -> Rollout:
+    """Draw one completion a row.
+
+    Exact sampling in at least float32. Nothing global is seeded or read: the same model, prompt and row seed give the
+    same completion in every batch, up to rounding.
+
+    Args:
+        model (`nn.Module`): a masked diffusion model, wrapped or not.
+        prompt_ids (`Tensor` of shape (B, P), int64): left-padded prompts; P may be 0 for an unshifted family.
+        prompt_mask (`Tensor` of shape (B, P)): 1 on prompt tokens, 0 on padding.
+        config (`DiffusionGenerationConfig`): decoding settings.
+        seeds (`Tensor` of shape (B,), int64, *optional*): one seed a row, also kept as `view_seed`; None hashes the
+            row numbers, so two calls draw the same.
+        spec (`MaskedDiffusionSpec`, *optional*): read from the model's config if not given.
+        batch_size (`int`, *optional*): rows decoded at a time; None takes all.
+        still_running (`Callable`): asked before each step whether any process has work left; sharded models need a
+            forward from every process, and a process that is done runs one on a spare row.
+
+    Returns:
+        `Rollout` of B rows. Costs `diffusion_steps` forwards of P + L tokens a row, fewer with early stop or a
+        threshold.
+
+    Raises:
+        ValueError: a model that is no masked diffusion model, or an empty prompt for a shifted family.
+    """
+    spec = spec or MaskedDiffusionSpec.from_model(model)
+    prompt_mask = prompt_mask.bool()
+    rows = prompt_ids.shape[0]
+    decoder = Denoising
+    if config.decoding == "any_order":
+        check_unshifted("any-order decoding", spec.logits_shift)
+        decoder = CachedAnyOrderDecoding if config.cache == "exact" else AnyOrderDecoding
+    if seeds is None:
+        seeds = hash64(Purpose.ROW, torch.arange(rows, device=prompt_ids.device))
+    if spec.logits_shift and (rows and not prompt_mask.any(dim=1).all()):
+        raise ValueError(
+            f"logits_shift={spec.logits_shift}: this family predicts a position at the row before it, so every row "
+            "needs a prompt of at least one token (a BOS token will do)."
+        )
+    batch_size = batch_size or max(rows, 1)
+    parts = []
+    for start in range(0, max(rows, 1), batch_size):
+        part = slice(start, start + batch_size)
+        state = decoder(model, prompt_ids[part], prompt_mask[part], config, seeds[part], spec)
+        while still_running(bool(state.active.any())):
+            state.step()
+        parts.append(state.rollout())
+    return Rollout.cat(parts)

@@ -1,0 +1,66 @@
+"""The evidence lower bound, and its coupled form (LLaDA's likelihood evaluation; ESPO, GDPO; DiffuCoder's coupling).
+
+Draw how many of the R counted positions to mask, l, uniformly in 1..R, mask l of them without replacement, and weight
+their log-probs by R / l:
+
+    log p(y) >= E_l E_U:|U|=l [ R/l · Σ_{i in U} log p(y_i | y_-U) ].
+
+(A weight of 1/t with t uniform would have infinite variance.)
+"""
+
+from torch import Tensor
+
+from ..noise import Purpose, random_ranks, uniform
+from ..rollout import Rollout
+from .view import Estimator, View, canvas_view
+
+
+class Elbo(Estimator):
+    """Monte-Carlo evidence lower bound over the counted positions.
+
+    The sum over a row's positions estimates the bound without bias; positions that a draw does not mask get 0 from it,
+    so all counted positions are `scored`. It is a number of the sequence: feed it to TRL's `importance_sampling_level:
+    sequence` (ESPO, GDPO). Costs `num_samples` forwards of P + L tokens a row.
+
+    Args:
+        num_samples (`int`): M, draws that are averaged.
+        coupled (`bool`): draws come in complementary pairs, U and its complement (DiffuCoder), so that every position
+            is scored exactly once a pair, with weight 1: an average of log-probs and no longer the bound. M must be
+            even.
+    """
+
+    stochastic = True
+
+    def __init__(self, num_samples: int = 2, coupled: bool = False):
+        if num_samples < 1:
+            raise ValueError(f"num_samples={num_samples} must be at least 1.")
+        if coupled and num_samples % 2:
+            raise ValueError(f"num_samples={num_samples} must be even with coupled=True: draws come in pairs.")
+        self.num_samples, self.coupled = num_samples, coupled
+        self.disjoint = num_samples == (2 if coupled else 1)
+
+    def num_views(self, rollout: Rollout) -> int:
+        return self.num_samples
+
+    def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
+        draw = n // 2 if self.coupled else n
+        counted = rollout.counted
+        total = counted.sum(dim=1, keepdim=True)
+        number = 1 + (uniform(seeds, Purpose.VIEW, iteration, draw, 0)[:, None] * total).long()  # l in 1..R
+        order = random_ranks(counted, seeds, Purpose.VIEW, iteration, draw, 1)
+        chosen = counted & ((order >= number) if self.coupled and n % 2 else (order < number))
+        if n >= self.num_samples:  # asked for by a process that needs more views than this one
+            chosen = chosen & False
+        weight = 1 / (self.num_samples // 2) if self.coupled else (total / number) / self.num_samples
+        view_weight = rollout.logps.new_ones(counted.shape) * weight
+        return canvas_view(rollout, rollout.revealed & ~chosen, chosen, view_weight.to(rollout.logps.dtype))
+
+    def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
+        return rollout.counted
+
+
+class CoupledElbo(Elbo):
+    """`Elbo(coupled=True)` under a name of its own: DiffuCoder's complementary pairs. Costs `num_samples` forwards."""
+
+    def __init__(self, num_samples: int = 2):
+        super().__init__(num_samples, coupled=True)
