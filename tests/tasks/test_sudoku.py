@@ -82,7 +82,7 @@ def test_registry():
     assert get_task("sudoku") is TASKS["sudoku"]
     assert all(name == task.name for name, task in TASKS.items())
     assert next(iter(get_task("sudoku").rewards.values())) is sudoku_cells_reward
-    with pytest.raises(ValueError, match="'sudoko'.*mean 'sudoku'"):
+    with pytest.raises(ValueError, match=r"'sudoko'.*mean 'sudoku'"):
         get_task("sudoko")
     with pytest.raises(ValueError, match="mean 'countdown'"):
         get_task("Countdown3")
@@ -253,7 +253,7 @@ def test_long_texts_take_no_time(piece):
 
 
 def test_noisy_demonstrations_change_only_filled_in_cells_of_the_completion():
-    clean, noisy = (sudoku.load("train", 400, seed=3, answer_noise=noise) for noise in (0.0, 0.2))
+    clean, noisy = (load("train", 400, seed=3, answer_noise=noise) for noise in (0.0, 0.2))
     assert clean["puzzle"] == noisy["puzzle"] and clean["solution"] == noisy["solution"] == clean["completion"]
     blanks = wrong = 0
     for puzzle, solution, completion in zip(noisy["puzzle"], noisy["solution"], noisy["completion"], strict=True):
@@ -262,4 +262,4 @@ def test_noisy_demonstrations_change_only_filled_in_cells_of_the_completion():
         wrong += sum(c != s for s, c in zip(solution, completion, strict=True))
     assert 0.17 < wrong / blanks < 0.23
     with pytest.raises(ValueError, match="answer_noise"):
-        sudoku.load("train", 1, answer_noise=1.5)
+        load("train", 1, answer_noise=1.5)

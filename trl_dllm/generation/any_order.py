@@ -54,7 +54,7 @@ class CachedAnyOrderDecoding(Denoising):
 
     def _run_prompts(self) -> None:
         """One pass for the distinct prompts, copied to the rows that share them."""
-        key = torch.cat([self.prompt_ids.masked_fill(~self.prompt_mask, -1)], dim=1)
+        key = self.prompt_ids.masked_fill(~self.prompt_mask, -1)
         _, group = torch.unique(key, dim=0, return_inverse=True)
         first = torch.full((int(group.max()) + 1,), len(group), device=group.device)
         first = first.scatter_reduce(0, group, torch.arange(len(group), device=group.device), "amin")
@@ -88,7 +88,7 @@ class CachedAnyOrderDecoding(Denoising):
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce, *args: Tensor) -> Tensor:
         """Run the tokens revealed last and the candidates; reduce the candidates' logits."""
-        canvas, width = self.tokens.shape[1], self.prompt_ids.shape[1]
+        width = self.prompt_ids.shape[1]
         if len(rows) < len(self.cached_rows):  # finished rows leave the cache
             self.cache.select(torch.isin(self.cached_rows, rows).nonzero().squeeze(1))
             self.cached_rows = rows

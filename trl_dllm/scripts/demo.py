@@ -3,7 +3,8 @@
     make demo SEED=0
 
 Runs the same entry points and recipes that the command line runs, one after the other, and writes to the output folder
-the trained model, `reward_vs_flops.png` and `summary.json`.
+the trained model, `reward_vs_flops.png` and `summary.json`. SFT stops when the model solves a third of some validation
+puzzles.
 """
 
 import argparse
@@ -14,22 +15,49 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer, TrainerCallback
 
+from trl_dllm.evaluation import tokenize_prompts
+from trl_dllm.generation import DiffusionGenerationConfig, generate
+from trl_dllm.noise import Purpose, hash64
 from trl_dllm.reports.plots import plot_reward
 from trl_dllm.scripts import eval as evaluation
 from trl_dllm.scripts import grpo, init_tiny, sft
+from trl_dllm.tasks import get_task
 
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny_llada"
 HELD_OUT = 1000  # puzzles, whose solutions appear in no training puzzle
+BLANKS = {"min_blanks": 6, "max_blanks": 10}
+SAMPLING = {"max_new_tokens": 17, "block_length": 17, "diffusion_steps": 8, "temperature": 1.0}  # 16 digits and EOS
+
+
+class StopAtSolveRate(TrainerCallback):
+    """Ends a run once the model solves `target` of some validation puzzles, looking every `every` steps."""
+
+    def __init__(self, target: float, tokenizer, every: int = 50, num_examples: int = 200):
+        self.task, self.target, self.tokenizer, self.every = get_task("sudoku"), target, tokenizer, every
+        self.puzzles = self.task.load("validation", num_examples, **BLANKS)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 and self.solve_rate(model) >= self.target:
+            control.should_training_stop = True
+        return control
+
+    def solve_rate(self, model) -> float:
+        ids, mask = tokenize_prompts(self.tokenizer, list(self.puzzles["prompt"]))
+        seeds = hash64(Purpose.EVALUATION, torch.arange(len(ids)))
+        rollout = generate(model, ids, mask, DiffusionGenerationConfig(stop_at_eos=False, **SAMPLING), seeds)
+        completions = [row[keep] for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        scores = [self.task.score(text, row)["correct"] for text, row in zip(texts, self.puzzles, strict=True)]
+        return sum(scores) / len(scores)
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights, data and draws.")
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/demo"), help="Folder to write to; emptied first."
-    )
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="Folder to write to.")
     return parser
 
 
@@ -38,43 +66,32 @@ def main(args: argparse.Namespace) -> dict:
     for name in ("init", "sft", "grpo", "before", "after"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
-    def train(script, recipe: str, model: str):
-        overrides = [
-            "--model_name_or_path",
-            str(folder / model),
-            "--output_dir",
-            str(folder / script.__name__.split(".")[-1]),
-        ]
-        argv = ["--config", str(RECIPES / recipe), "--seed", seed, *overrides]
-        return script.main(*script.make_parser().parse_args_and_config(argv))
+    def train(script, recipe: str, model: str, name: str, *overrides: str, **kwargs):
+        argv = ["--config", str(RECIPES / recipe), "--seed", seed]
+        argv += ["--model_name_or_path", str(folder / model), "--output_dir", str(folder / name), *overrides]
+        return script.main(*script.make_parser().parse_args_and_config(argv), **kwargs)
 
     def solve_rate(model: str, name: str) -> dict:
-        argv = [
-            "--task",
-            "sudoku",
-            "--task_kwargs",
-            '{"min_blanks": 6, "max_blanks": 10}',
-            "--num_examples",
-            str(HELD_OUT),
-        ]
+        argv = ["--task", "sudoku", "--task_kwargs", json.dumps(BLANKS), "--num_examples", str(HELD_OUT)]
         argv += ["--model_name_or_path", str(folder / model), "--output_dir", str(folder / name), "--seed", seed]
-        argv += ["--max_new_tokens", "17", "--block_length", "17", "--diffusion_steps", "8", "--temperature", "1.0"]
-        return evaluation.main(evaluation.make_parser().parse_args([*argv, "--batch_size", "250", "--no_stop_at_eos"]))
+        argv += [word for key, value in SAMPLING.items() for word in (f"--{key}", str(value))]
+        argv += ["--batch_size", "250", "--no_stop_at_eos"]
+        return evaluation.main(evaluation.make_parser().parse_args(argv))
 
     _headline("1/5  a tiny LLaDA")
     init_tiny.main(init_tiny.make_parser().parse_args([str(folder / "init"), "--seed", seed]))
-    _headline("2/5  masked-diffusion SFT on Sudoku")
-    train(sft, "sft/config_sudoku.yaml", "init")
+    _headline("2/5  masked-diffusion SFT on Sudoku, until it solves a third of some validation puzzles")
+    stop = StopAtSolveRate(1 / 3, AutoTokenizer.from_pretrained(folder / "init"))
+    train(sft, "sft/config_sudoku.yaml", "init", "sft", "--max_steps", "1500", callbacks=[stop])
     _headline("3/5  held-out puzzles before RL")
     before = solve_rate("sft", "before")
     _headline("4/5  GRPO with d2-StepMerge")
-    trainer = train(grpo, "grpo/config_sudoku.yaml", "sft")
+    trainer = train(grpo, "grpo/config_sudoku.yaml", "sft", "grpo")
     _headline("5/5  held-out puzzles after RL")
     after = solve_rate("grpo", "after")
 
-    figure = plot_reward(
-        trainer.state.log_history, folder / "reward_vs_flops.png", f"4x4 Sudoku, d2-StepMerge (seed {seed})"
-    )
+    title = f"4x4 Sudoku, d2-StepMerge (seed {seed})"
+    figure = plot_reward(trainer.state.log_history, folder / "reward_vs_flops.png", title)
     keep = ("solve_rate", "low", "high", "n")
     summary = {
         "before": {key: before[key] for key in keep},
@@ -86,14 +103,9 @@ def main(args: argparse.Namespace) -> dict:
     _headline("Solve rate on held-out puzzles (sampled at temperature 1, two tokens a step)")
     for name in ("before", "after"):
         row = summary[name]
-        print(
-            f"{name:>7}: {row['solve_rate']:6.1%}   95 % interval {row['low']:.1%} to {row['high']:.1%}   n = "
-            f"{row['n']}"
-        )
-    print(
-        f"\n{summary['seconds']:.0f} seconds. Model: {folder / 'grpo'}   Figure: {figure}   Summary: "
-        f"{folder / 'summary.json'}"
-    )
+        print(f"{name:>7}: {row['solve_rate']:6.1%}   95 % interval {row['low']:.1%} to {row['high']:.1%}", end="")
+        print(f"   n = {row['n']}")
+    print(f"\n{summary['seconds']:.0f} seconds. Model in {folder / 'grpo'}, figure {figure},", folder / "summary.json")
     return summary
 
 
@@ -102,5 +114,6 @@ def _headline(text: str) -> None:
 
 
 if __name__ == "__main__":
+    # One thread: the model is so small that a second one mostly waits, and waits badly on a busy machine.
     torch.set_num_threads(int(os.environ.get("DEMO_THREADS", "1")))
     main(make_parser().parse_args())

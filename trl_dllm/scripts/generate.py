@@ -6,6 +6,7 @@ trl-dllm generate --model_name_or_path runs/demo/grpo --max_new_tokens 16 --prom
 import argparse
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
+from trl_dllm.generation.config import CACHES
 from trl_dllm.generation.order import MEASURES
 
 
@@ -26,6 +27,13 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--confidence_threshold", type=float, help="Keep all positions above it instead of an even schedule."
     )
     parser.add_argument("--no_stop_at_eos", dest="stop_at_eos", action="store_false", help="Decode the whole canvas.")
+    parser.add_argument(
+        "--decoding",
+        default="denoising",
+        choices=sorted(CACHES),
+        help="How completions are drawn; any_order for models trained with any-order attention.",
+    )
+    parser.add_argument("--cache", choices=["exact"], help="Key/value cache of any-order decoding; default: none.")
     parser.add_argument("--cfg_scale", type=float, default=0.0, help="Classifier-free guidance.")
     parser.add_argument("--batch_size", type=int, default=32, help="Rows decoded at a time.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (and of generated data).")
@@ -41,6 +49,8 @@ def generation_config(args: argparse.Namespace) -> DiffusionGenerationConfig:
         remasking=args.remasking,
         confidence_threshold=args.confidence_threshold,
         stop_at_eos=args.stop_at_eos,
+        decoding=args.decoding,
+        cache=args.cache,
         cfg_scale=args.cfg_scale,
     )
 

@@ -17,7 +17,12 @@ def make_parser(prog: str | None = None) -> RecipeParser:
     return RecipeParser((TaskArguments, DiffusionSFTConfig, ModelConfig), prog=prog)
 
 
-def main(script_args: TaskArguments, training_args: DiffusionSFTConfig, model_args: ModelConfig):
+def main(
+    script_args: TaskArguments,
+    training_args: DiffusionSFTConfig,
+    model_args: ModelConfig,
+    callbacks: list | None = None,
+):
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionSFTTrainer
@@ -39,6 +44,7 @@ def main(script_args: TaskArguments, training_args: DiffusionSFTConfig, model_ar
         if training_args.eval_strategy != "no"
         else None,
         peft_config=get_peft_config(model_args),
+        callbacks=callbacks,
     )
     train_and_save(trainer, script_args)
     return trainer

@@ -269,7 +269,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return completions, None
 
     def _row_seeds(self, rows: int, device) -> Tensor:
-        """Seeds of this process's rows: functions of the run's seed, the optimizer step and the row's global number."""
+        """Seeds of this process's rows: hashes of the run's seed, the optimizer step and the row's global number."""
         split = 0 if self.model.training else 1
         step, rounds = self._generation_round[split]
         rounds = rounds + 1 if step == self.state.global_step else 0
@@ -383,9 +383,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
-        """Log-probs of the batch that is being scored or trained on; TRL's own tensors only say how wide it wants them."""
+        """Log-probs of the batch that is scored or trained on; TRL's own tensors only say how wide it wants them."""
         if self._loss_scores is not None:  # TRL's loss, evaluated on log-probs that are already there
-            self._record_mismatch(self._loss_scores)
             return self._loss_scores.logps, self._loss_scores.entropies, None
         if self._loss_batch is not None:
             rollout, iteration, views = self._loss_batch
@@ -459,7 +458,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         def loss(scores: TokenScores, record: bool) -> Tensor:
             self._loss_scores = scores
             metrics = self._metrics
-            if not record:
+            if record:
+                self._record_mismatch(scores)
+            else:
                 self._metrics = defaultdict(lambda: defaultdict(list))
             try:
                 return super(DiffusionGRPOTrainer, self)._compute_loss(model, inputs)
@@ -473,7 +474,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             before = state.sync_gradients
             state._set_sync_gradients(False)
             try:
-                with nullcontext() if deepspeed else self.accelerator.no_sync(model):
+                # FSDP's no_sync would keep whole gradients in memory; reducing them once a view costs traffic only.
+                with nullcontext() if deepspeed or self.is_fsdp_enabled else self.accelerator.no_sync(model):
                     yield
             finally:
                 state._set_sync_gradients(before)
@@ -513,7 +515,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
         Before the first update of a cycle the two are the same policy, and what differs is rounding or a cache.
         """
-        if self.args.old_logps != "rollout" or not self.model.training or self._inner_iteration:
+        cycle = self.args.steps_per_generation * self.num_iterations
+        before_update = self._step % cycle < self.args.gradient_accumulation_steps
+        if self.args.old_logps != "rollout" or not self.model.training or not before_update:
             return
         rollout = self._loss_batch[0]
         ratio = (scores.logps - rollout.logps)[rollout.counted]
@@ -523,7 +527,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         metrics["sampling/mismatch_max"].append(self.accelerator.gather(ratio.abs().max()).max().item())
 
     def _paper_flops(self, rollout: Rollout) -> int:
-        """d2 App. C.2 for this process's completions: sampling, old and reference log-probs, and every inner update."""
+        """d2 App. C.2 for this process's completions: sampling, old and reference log-probs, every inner update."""
         tokens = rollout.completion_ids.numel()
         views = self.estimator.num_views(rollout)
         old = self._needs_old and self.args.old_logps == "recompute"
