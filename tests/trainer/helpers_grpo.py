@@ -151,8 +151,8 @@ def as_rollout(trainer, inputs) -> Rollout:
 class OneGraphTrainer(DiffusionGRPOTrainer):
     """The control: TRL's loss on one graph through all views."""
 
-    def _segmented_loss(self, model, inputs, *args):
-        return GRPOTrainer._compute_loss(self, model, inputs)
+    def _segmented_loss(self, model, inputs, perturbed, draw, views, loss):
+        return loss(self._score_views(model, perturbed, draw, views))
 
 
 class CountingTrainer(DiffusionGRPOTrainer):

@@ -366,8 +366,8 @@ def test_the_samplers_log_probs_serve_as_the_old_policys(tmp_path, spy, loss_tok
             stop_at_eos=False,
         )
         scored = []
-        score = trainer._score
-        trainer._score = lambda *args, score=score, scored=scored, **kwargs: scored.append(1) or score(*args, **kwargs)
+        score = trainer._score_views
+        trainer._score_views = lambda *args, score=score, scored=scored: scored.append(1) or score(*args)
         trainer.train()
         for entry in trainer.seen:
             counted = entry["inputs"]["counted"]

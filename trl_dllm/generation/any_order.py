@@ -43,7 +43,9 @@ class CachedAnyOrderDecoding(Denoising):
         super().__init__(model, prompt_ids, prompt_mask, config, seeds, spec)
         rows, width = prompt_ids.shape
         device = prompt_ids.device
-        self.slots = width + config.max_new_tokens + config.block_length
+        # Room for the widest chunk behind the fullest row: one row may bring a whole block of new tokens and a whole
+        # block of masks while another has all but its last token cached.
+        self.slots = width + config.max_new_tokens + 2 * config.block_length
         self.cache = SlotCache(self.slots)
         self.level = torch.full((rows, self.slots), NEVER, device=device)  # level of each slot; NEVER: not valid
         self.used = torch.full((rows,), width, device=device)  # valid slots of each row

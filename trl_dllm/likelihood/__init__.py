@@ -3,7 +3,7 @@
 from .any_order import AnyOrder
 from .elbo import CoupledElbo, Elbo
 from .pseudo import BlockPseudoLikelihood, PseudoLikelihood, TrajectoryPseudoLikelihood
-from .score import TokenScores, check_estimator, score_view, token_logps
+from .score import Reference, TokenScores, check_estimator, score_view, token_logps
 from .trajectory import ExactTrajectory, MeanField, StepMerge
 from .view import Estimator, View, perturb_prompt
 
@@ -31,6 +31,7 @@ __all__ = [
     "ExactTrajectory",
     "MeanField",
     "PseudoLikelihood",
+    "Reference",
     "StepMerge",
     "TokenScores",
     "TrajectoryPseudoLikelihood",

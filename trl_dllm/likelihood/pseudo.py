@@ -59,9 +59,8 @@ class BlockPseudoLikelihood(Estimator):
     # it makes no difference.
     stochastic = True
 
-    @property
-    def sub_sampled(self) -> bool:
-        return self.views != "partition"
+    def sub_samples(self, canvas: int) -> bool:
+        return self.views != "partition" and self.views * self.block_size < canvas
 
     def check(self, logits_shift: int) -> None:
         if self.mask_attention == "isolated":

@@ -1,5 +1,6 @@
 """Running views through a model: per-token log-probs and entropies of a rollout's completions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +9,10 @@ from torch import Tensor, nn
 from ..models import MaskedDiffusionSpec, apply_head, attention_mask, entropy, log_probs, unwrap
 from ..rollout import Rollout
 from .view import IGNORE, Estimator, View, perturb_prompt
+
+
+# Runs a reference model: (model inputs, rows) -> its hidden states at those rows (n, H), and its head.
+Reference = Callable[[dict, Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -19,14 +24,28 @@ class TokenScores:
         entropies (`Tensor` of shape (B, L)): entropies in nats of the distributions that were scored, weighted like
             the log-probs; 0 elsewhere.
         scored (`Tensor` of shape (B, L), bool): positions that the estimator gave a log-prob to.
+        kls (`Tensor` of shape (B, L), *optional*): KL divergences in nats from a reference's distributions, over the
+            whole vocabulary and weighted like the log-probs; None without a reference.
     """
 
     logps: Tensor
     entropies: Tensor
     scored: Tensor
+    kls: Tensor | None = None
 
     def __add__(self, other: "TokenScores") -> "TokenScores":
-        return TokenScores(self.logps + other.logps, self.entropies + other.entropies, self.scored | other.scored)
+        kls = None if self.kls is None else self.kls + other.kls
+        return TokenScores(self.logps + other.logps, self.entropies + other.entropies, self.scored | other.scored, kls)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TokenScores":
+        """The same with `function` applied to each of the real-valued tables."""
+        kls = None if self.kls is None else function(self.kls)
+        return TokenScores(function(self.logps), function(self.entropies), self.scored, kls)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The real-valued tables: log-probs, entropies and, with a reference, KLs."""
+        return [self.logps, self.entropies] + ([] if self.kls is None else [self.kls])
 
 
 def score_view(
@@ -37,10 +56,13 @@ def score_view(
     temperature: float = 1.0,
     batch_size: int | None = None,
     differentiable_entropy: bool = False,
+    reference: Reference | None = None,
 ) -> TokenScores:
     """Score one view: one forward, or one for each `batch_size` rows. `canvas` is L.
 
-    The log-probs carry gradients where they are enabled; the entropies only if `differentiable_entropy`.
+    The log-probs and KLs carry gradients where they are enabled; the entropies only if `differentiable_entropy`. With
+    a `reference`, it is run on the same view without gradients, and its logits are made a tile at a time beside the
+    model's.
     """
     rows = view.input_ids.shape[0]
     batch_size = batch_size or rows
@@ -55,23 +77,34 @@ def score_view(
             "position_ids": part.position_ids,
         }
 
-        def reduce(logits: Tensor, target: Tensor) -> Tensor:
+        rows_scored = chosen - spec.logits_shift
+        hidden, project = (None, None) if reference is None else reference(inputs, rows_scored)
+
+        def reduce(logits: Tensor, target: Tensor, other: Tensor | None = None, project=project) -> Tensor:
             log_p = log_probs(logits, spec.mask_token_id, temperature)
             token = log_p.gather(1, target[:, None]).squeeze(1)
-            return torch.stack([token, entropy(log_p if differentiable_entropy else log_p.detach())], dim=1)
+            columns = [token, entropy(log_p if differentiable_entropy else log_p.detach())]
+            if other is not None:
+                with torch.no_grad():
+                    log_q = log_probs(project(other), spec.mask_token_id, temperature)
+                columns.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+            return torch.stack(columns, dim=1)
 
         # In a shifted family the row before a position predicts it. Targets stand behind at least one prompt token
         # there (see `token_logps`), so the row before never belongs to the previous sequence.
-        scores = apply_head(model, inputs, chosen - spec.logits_shift, reduce, part.targets.flatten()[chosen])
+        row_args = (part.targets.flatten()[chosen],) + (() if hidden is None else (hidden,))
+        scores = apply_head(model, inputs, rows_scored, reduce, *row_args)
         scores = scores * part.weight.flatten()[chosen, None].to(scores.dtype)
         width = view.input_ids.shape[1]
         place = chosen // width * canvas + part.index.flatten()[chosen]
         # index_put with accumulation, so that a position scored at several rows of a view is summed.
-        table = scores.new_zeros(part.input_ids.shape[0] * canvas, 2).index_put((place,), scores, accumulate=True)
+        table = scores.new_zeros(part.input_ids.shape[0] * canvas, scores.shape[1])
+        table = table.index_put((place,), scores, accumulate=True)
         scored = torch.zeros(len(table), dtype=torch.bool, device=place.device).index_fill(0, place, True)
-        parts.append((table.view(-1, canvas, 2), scored.view(-1, canvas)))
+        parts.append((table.view(-1, canvas, table.shape[1]), scored.view(-1, canvas)))
     table = torch.cat([part[0] for part in parts])
-    return TokenScores(table[..., 0], table[..., 1], torch.cat([part[1] for part in parts]))
+    kls = None if reference is None else table[..., 2]
+    return TokenScores(table[..., 0], table[..., 1], torch.cat([part[1] for part in parts]), kls)
 
 
 def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusionSpec) -> None:

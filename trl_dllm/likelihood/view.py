@@ -59,7 +59,6 @@ class Estimator:
 
     stochastic = False
     disjoint = True
-    sub_sampled = False  # whether counted positions are left out
     exact_for: ClassVar[tuple[str, ...]] = ()  # decoders whose own log-probs it equals, whatever the rollout
 
     def num_views(self, rollout: Rollout) -> int:
@@ -69,6 +68,10 @@ class Estimator:
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
         """View number n; random views draw from (seeds (B,), iteration) alone."""
         raise NotImplementedError
+
+    def sub_samples(self, canvas: int) -> bool:
+        """Whether counted positions of a canvas of that length may be left out."""
+        return False
 
     def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         """Positions that the views of this iteration give a log-prob to, bool (B, L), without running any."""

@@ -10,7 +10,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from .attention import NEVER, Attention, attention_mask, order_levels
 from .dream import DreamConfig, DreamModel
 from .flops import ForwardFlops
-from .head import TILE_ROWS, apply_head, entropy, log_probs, unwrap
+from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, unwrap
 from .llada import KEY_RENAMING, LLaDAConfig, LLaDAModelLM
 from .spec import MaskedDiffusionSpec
 from .tiny import FAMILIES, create_tiny_model
@@ -31,6 +31,7 @@ __all__ = [
     "attention_mask",
     "create_tiny_model",
     "entropy",
+    "hidden_rows",
     "log_probs",
     "order_levels",
     "unwrap",

@@ -81,6 +81,13 @@ def apply_head(
         return model(**{"use_cache": False, **inputs}).logits
 
 
+def hidden_rows(model: nn.Module, inputs: dict, rows: Tensor) -> Tensor:
+    """Hidden states before the head at the chosen rows, (n, H), from one forward; for another call to project."""
+    head = unwrap(model).get_output_embeddings()
+    with _redirect(head, lambda hidden: hidden.reshape(-1, hidden.shape[-1])[rows]):
+        return model(**{"use_cache": False, **inputs}).logits
+
+
 @contextmanager
 def _redirect(module: nn.Module, forward: Callable):
     """Replace `module.forward` during a call; what was there before (a method, TRL's fp32 cast) returns."""

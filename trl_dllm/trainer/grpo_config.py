@@ -73,6 +73,13 @@ class DiffusionGRPOConfig(GRPOConfig):
         Tokens that the loss counts: `"eos"`, those up to and including the first EOS, or `"canvas"`, all that were
         revealed.
 
+    ratio_denominator (`str`, *optional*, defaults to `"old"`):
+        Policy in the denominator of the importance ratio: `"old"`, the policy that drew the rollouts, or `"ref"`, the
+        reference (PADRE Eq. 14 and Algorithm 1 line 8 as printed); the reference is then loaded at `beta=0` too.
+    kl_estimator (`str`, *optional*, defaults to `"k3"`):
+        The KL term of each token: `"k3"` (TRL's; d2 Eq. 70), from the sampled token, or `"full"`,
+        D_KL(π_θ(·|view) ‖ π_ref(·|view)) summed over the vocabulary (PADRE), with the reference run on the same views.
+        `use_bias_correction_kl` does not apply to `"full"`.
     old_logps (`str`, *optional*, defaults to `"recompute"`):
         Where the old policy's log-probs come from: `"recompute"` scores the rollouts again, `"rollout"` takes the
         sampler's own, which saves a forward a view. Only where the estimator is exact for the decoder, at the sampling
@@ -146,6 +153,21 @@ class DiffusionGRPOConfig(GRPOConfig):
         metadata={
             "help": "How completions are drawn: 'denoising', or 'any_order' for models trained with any-order "
             "attention."
+        },
+    )
+    ratio_denominator: str = field(
+        default="old",
+        metadata={
+            "help": "Policy in the denominator of the ratio: 'old', or 'ref', the reference (PADRE Eq. 14 as "
+            "printed).",
+            "choices": ["old", "ref"],
+        },
+    )
+    kl_estimator: str = field(
+        default="k3",
+        metadata={
+            "help": "The KL term: 'k3', TRL's estimate from the sampled tokens, or 'full', a sum over the vocabulary.",
+            "choices": ["k3", "full"],
         },
     )
     old_logps: str = field(
@@ -231,10 +253,52 @@ class DiffusionGRPOConfig(GRPOConfig):
         )
         steps = self.generation_config().diffusion_steps  # checks the remaining decoding fields
         self._resolve_estimator(steps if self.confidence_threshold is None else self.max_completion_length)
-        self.check_old_logps(self.build_estimator())
+        self._check_loss()
+        self.check_estimator(self.build_estimator())
 
-    def check_old_logps(self, estimator: Estimator) -> None:
-        """Refuse the sampler's log-probs as the old policy's where they are not what `estimator` computes."""
+    def _check_loss(self) -> None:
+        if self.ratio_denominator not in ("old", "ref"):
+            raise ValueError(f"ratio_denominator={self.ratio_denominator!r} is unknown; choose 'old' or 'ref'.")
+        if self.kl_estimator not in ("k3", "full"):
+            raise ValueError(f"kl_estimator={self.kl_estimator!r} is unknown; choose 'k3' or 'full'.")
+        if self.kl_estimator == "full" and self.beta == 0:
+            raise ValueError(
+                "kl_estimator='full' with beta=0: there is no KL term to estimate. Set beta (0.04 in d2)."
+            )
+        if self.loss_type != "wd1":
+            return
+        for name, right in (("beta", 0.0), ("ratio_denominator", "old"), ("importance_sampling_level", "token")):
+            if getattr(self, name) != right:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} with loss_type='wd1': wd1 has no ratio and no reference. Set "
+                    f"{name}={right!r}."
+                )
+
+    def check_estimator(self, estimator: Estimator) -> None:
+        """Refuse what does not go with the estimator.
+
+        Raises:
+            ValueError: a loss that is not a sum over tokens for an estimator that leaves positions out, or the
+                sampler's log-probs as the old policy's where they are not what the estimator computes.
+        """
+        if estimator.sub_samples(self.max_completion_length):
+            for name, value, wrong in (
+                ("importance_sampling_level", self.importance_sampling_level, "sequence"),
+                ("loss_type", self.loss_type, "luspo"),
+                ("loss_type", self.loss_type, "vespo"),
+            ):
+                if value == wrong:
+                    raise ValueError(
+                        f"{name}={value!r} weighs whole sequences, and {type(estimator).__name__} scores only some of "
+                        "their positions, so the expected gradient would be another one. Score all of them, or take a "
+                        "token-level loss."
+                    )
+            for name, neutral in (("off_policy_mask_threshold", None), ("top_entropy_quantile", 1.0)):
+                if getattr(self, name) != neutral:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} needs every token's number, and {type(estimator).__name__} "
+                        f"scores only some. Set it to {neutral}, or score all positions."
+                    )
         if self.old_logps not in ("recompute", "rollout"):
             raise ValueError(f"old_logps={self.old_logps!r} is unknown; choose 'recompute' or 'rollout'.")
         if self.old_logps == "recompute":

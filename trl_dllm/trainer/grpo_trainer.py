@@ -25,11 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Proces
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import use_adapter
 
 from ..generation import generate
-from ..likelihood import Estimator, TokenScores, check_estimator, perturb_prompt, score_view
+from ..likelihood import Estimator, Reference, TokenScores, check_estimator, perturb_prompt, score_view
 from ..likelihood.view import IGNORE
-from ..models import ForwardFlops, MaskedDiffusionSpec, unwrap
+from ..models import ForwardFlops, MaskedDiffusionSpec, hidden_rows, unwrap
 from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
@@ -64,6 +65,22 @@ def _numel(parameter: Tensor) -> int:
     """Number of weights, also where several are packed in a byte (4-bit) or held by other processes (ZeRO-3)."""
     packed = getattr(parameter, "quant_state", None)
     return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _scratch_metrics() -> dict:
+    return {"train": defaultdict(list), "eval": defaultdict(list)}
+
+
+def sub_sample_weights(mask: Tensor, scored: Tensor) -> Tensor:
+    """Loss mask of sub-sampled rows, float (B, L): n / k on each of the k scored of n counted positions, else 0.
+
+    A row's weights still sum to n, so every normaliser of TRL's losses is what it is with all positions scored, and
+    the expected gradient is the full estimator's for every token-separable loss.
+    """
+    mask = mask.bool()
+    scored = scored & mask
+    number = scored.sum(dim=1, keepdim=True).clamp(min=1)
+    return scored.float() * mask.sum(dim=1, keepdim=True) / number
 
 
 def check_trl(trainer_class: type = GRPOTrainer) -> None:
@@ -157,7 +174,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer or self._read_tokenizer(model, args))
         self.estimator = estimator if estimator is not None else args.build_estimator()
         self.estimator.check(self.spec.logits_shift)
-        args.check_old_logps(self.estimator)
         if args.decoding == "any_order":
             check_unshifted("decoding='any_order'", self.spec.logits_shift)
         self._rollout: Rollout | None = None  # the generation batch while it is drawn and scored
@@ -165,14 +181,23 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             Tensor
         ] = []  # (B, K, L) log-probs of the generation batch, in the order TRL asks: old, reference
         self._loss_scores: TokenScores | None = None  # what TRL's loss is to be evaluated on
-        self._loss_batch: tuple[Rollout, int, int] | None = None  # micro-batch, inner iteration, number of views
         # (global step, generation batches drawn in it), of training and of evaluation: a run with evaluation, or
         # resumed after one, draws the same completions in training.
         self._generation_round = [(-1, 0), (-1, 0)]
         self._flops = {"counted": 0, "paper": 0}
 
-        with self._reference_source(model, args, bound.arguments.get("peft_config")):
-            super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        # TRL makes a reference model where beta is not 0; as a denominator of the ratio it is needed at 0 as well.
+        needs_reference = args.beta != 0 or args.ratio_denominator == "ref"
+        with self._reference_source(model, needs_reference, bound.arguments.get("peft_config")):
+            beta, args.beta = args.beta, args.beta or float(needs_reference)
+            try:
+                super().__init__(model, reward_funcs, args, *positional, **kwargs)
+            finally:
+                args.beta = beta
+            self.beta = beta
+        args.check_estimator(self.estimator)
+        if self.loss_type == "wd1":  # carried as advantages
+            self.loss_type = "dr_grpo"
 
         # Again, now with the checkpoint's own tokenizer.
         self.spec = MaskedDiffusionSpec.from_config(unwrap(self.model).config, self._tokenizer)
@@ -205,9 +230,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     @staticmethod
     @contextmanager
-    def _reference_source(model, args, peft_config):
+    def _reference_source(model, needed: bool, peft_config):
         """Give TRL a folder to load the reference model from, where the policy was made in memory and has no name."""
-        needed = args.beta != 0 and peft_config is None and isinstance(model, torch.nn.Module)
+        needed = needed and peft_config is None and isinstance(model, torch.nn.Module)
         if not needed or hasattr(model, "peft_config") or model.config._name_or_path:
             yield
             return
@@ -299,7 +324,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         training = self.model.training
         self._scored = []
-        outputs = super()._generate_and_score_completions(inputs)
+        denominator_is_reference = self.args.ratio_denominator == "ref"
+        with self._set(beta=self.beta or float(denominator_is_reference)):
+            outputs = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = self._rollout, None
 
         # TRL zeroes the mask of truncated completions (mask_truncated_completions); everything else is ours.
@@ -318,6 +345,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if name in outputs:
                 outputs[name] = self._scored.pop(0).masked_fill(~rollout.counted[:, None], 0)
+        if denominator_is_reference:
+            outputs["old_per_token_logps"] = outputs["ref_per_token_logps"]
+        if self.args.loss_type == "wd1":
+            outputs["advantages"] = self._wd1_weights(outputs["advantages"])
+            outputs.pop("old_per_token_logps", None)
         self._record_generation(rollout, training)
         return outputs
 
@@ -341,7 +373,13 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return int(self.accelerator.gather(views).max()) if self.accelerator.num_processes > 1 else int(views)
 
     def _score_view(
-        self, model, rollout: Rollout, n: int, iteration: int, batch_size: int | None = None
+        self,
+        model,
+        rollout: Rollout,
+        n: int,
+        iteration: int,
+        batch_size: int | None = None,
+        reference: Reference | None = None,
     ) -> TokenScores:
         """Scores of view n of a rollout whose prompt is already perturbed."""
         view = self.estimator.view(rollout, n, rollout.view_seed, iteration)
@@ -360,6 +398,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 temperature,
                 batch_size,
                 differentiable_entropy=self._entropy_bonus_enabled,
+                reference=reference,
             )
         if not self.model.training:  # the run's cost is that of training
             return scores
@@ -370,15 +409,32 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._flops["counted"] += passes * self._count_flops(rows, width, width, int(scores.scored.sum()))
         return scores
 
-    def _score(
-        self, model, rollout: Rollout, iteration: int, views: int, batch_size: int | None = None
-    ) -> TokenScores:
-        rollout = perturb_prompt(rollout, self.args.p_mask_prompt, rollout.view_seed, iteration)
+    def _score_views(self, model, rollout: Rollout, iteration: int, views: int, *args) -> TokenScores:
+        """Scores of all views of a rollout whose prompt is already perturbed; `args` as in `_score_view`."""
         total = None
         for n in range(views):
-            scores = self._score_view(model, rollout, n, iteration, batch_size)
+            scores = self._score_view(model, rollout, n, iteration, *args)
             total = scores if total is None else total + scores
         return total
+
+    @property
+    def _reference(self) -> Reference | None:
+        """How to run the reference model beside the policy, for the full-vocabulary KL."""
+        if self.args.kl_estimator != "full" or self.beta == 0:
+            return None
+
+        def run(inputs: dict, rows: Tensor):
+            if self.ref_model is not None:
+                with torch.no_grad():
+                    # Called as a module: where the head is sharded, its hooks gather it.
+                    return hidden_rows(self.ref_model, inputs, rows), unwrap(self.ref_model).get_output_embeddings()
+            adapted = self.accelerator.unwrap_model(self.model)
+            with torch.no_grad(), use_adapter(adapted, "ref" if "ref" in adapted.peft_config else None):
+                hidden = hidden_rows(adapted, inputs, rows)
+            # The policy's own head: adapters are not put on it.
+            return hidden, unwrap(adapted).get_output_embeddings().forward
+
+        return run
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -386,25 +442,36 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """Log-probs of the batch that is scored or trained on; TRL's own tensors only say how wide it wants them."""
         if self._loss_scores is not None:  # TRL's loss, evaluated on log-probs that are already there
             return self._loss_scores.logps, self._loss_scores.entropies, None
-        if self._loss_batch is not None:
-            rollout, iteration, views = self._loss_batch
-            scores = self._score(model, rollout, iteration, views)
-            self._record_mismatch(scores)
-            return scores.logps, scores.entropies, None
         # The generation batch under the old or the reference policy: on the full canvas, for every inner iteration.
         # TRL gets a placeholder of the width that it cut its completions to; `_generate_and_score_completions` puts
         # the real ones in.
         check_estimator(self.estimator, self._rollout, self.spec)
-        if self._needs_old and not self._scored and self.args.old_logps == "rollout":
+        asked_for_old = self._needs_old and not self._scored
+        if asked_for_old and (self.args.old_logps == "rollout" or self.args.ratio_denominator == "ref"):
             self._scored.append(self._rollout.logps[:, None])
             return input_ids.new_zeros(input_ids.shape[0], logits_to_keep, dtype=torch.float32), None, None
         views = self._num_views(self._rollout)
-        draws = [self._score(model, self._rollout, k, views, batch_size).logps for k in range(self._num_draws)]
+        draws = []
+        for k in range(self._num_draws):
+            rollout = perturb_prompt(self._rollout, self.args.p_mask_prompt, self._rollout.view_seed, k)
+            draws.append(self._score_views(model, rollout, k, views, batch_size).logps)
         self._scored.append(torch.stack(draws, dim=1))
         return input_ids.new_zeros(input_ids.shape[0], logits_to_keep, dtype=torch.float32), None, None
 
     # -------------------------------------------------------------------------------------------------------------
     # loss
+
+    def _wd1_weights(self, advantages: Tensor) -> Tensor:
+        """wd1's weights of completions: softmax(A) - softmax(-A) over each group, times its size.
+
+        With `dr_grpo` at ratio 1 they give wd1's loss, -Σ w⁺ log π + Σ w⁻ log π, averaged over groups and divided by
+        L.
+        """
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        groups = self.accelerator.gather(advantages).view(-1, size)
+        weights = size * (groups.softmax(dim=1) - (-groups).softmax(dim=1)).flatten()
+        start = self.accelerator.process_index * len(advantages)
+        return weights[start : start + len(advantages)]
 
     @property
     def _inner_iteration(self) -> int:
@@ -441,31 +508,67 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             temperature=self.temperature,
         )
         check_estimator(self.estimator, rollout, self.spec)
+        if self.estimator.sub_samples(self.max_completion_length):
+            scored = self.estimator.scored(rollout, rollout.view_seed, draw)
+            inputs["completion_mask"] = sub_sample_weights(inputs["completion_mask"], scored)
         views = self._num_views(rollout)
-        self._loss_batch = (rollout, draw, views)
-        try:
-            if views == 1 or not torch.is_grad_enabled():
-                return super()._compute_loss(model, inputs)
-            return self._segmented_loss(model, inputs, rollout, draw, views)
-        finally:
-            self._loss_batch = self._loss_scores = None
-
-    def _segmented_loss(self, model, inputs, rollout: Rollout, draw: int, views: int) -> Tensor:
-        """TRL's loss, one forward and one backward at a time; see `segmented_backward`."""
         perturbed = perturb_prompt(rollout, self.args.p_mask_prompt, rollout.view_seed, draw)
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
-        def loss(scores: TokenScores, record: bool) -> Tensor:
-            self._loss_scores = scores
-            metrics = self._metrics
+        def loss(scores: TokenScores, record: bool = True) -> Tensor:
+            return self._loss_of(model, inputs, rollout, scores, record)
+
+        if views == 1 or not torch.is_grad_enabled():
+            return loss(self._score_views(model, perturbed, draw, views, None, self._reference))
+        return self._segmented_loss(model, inputs, perturbed, draw, views, loss)
+
+    def _loss_of(self, model, inputs, rollout: Rollout, scores: TokenScores, record: bool) -> Tensor:
+        """TRL's loss of log-probs that are already there; metrics are kept only if `record`."""
+        with self._set(_loss_scores=scores, **({} if record else {"_metrics": _scratch_metrics()})):
             if record:
-                self._record_mismatch(scores)
-            else:
-                self._metrics = defaultdict(lambda: defaultdict(list))
-            try:
-                return super(DiffusionGRPOTrainer, self)._compute_loss(model, inputs)
-            finally:
-                self._metrics, self._loss_scores = metrics, None
+                self._record_mismatch(scores, rollout)
+            if scores.kls is None:
+                return super()._compute_loss(model, inputs)
+            with self._set(beta=0.0):
+                policy = super()._compute_loss(model, inputs)
+            mode, mask = "train" if self.model.training else "eval", inputs["completion_mask"]
+            sums = torch.stack([(scores.kls.detach() * mask).sum(), mask.sum().to(scores.kls.dtype)])
+            total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+            self._metrics[mode]["kl"].append(total / max(count, 1))
+            return policy + self.beta * self._averaged(model, inputs, scores.kls)
+
+    def _averaged(self, model, inputs, values: Tensor) -> Tensor:
+        """`values` (B, L) summed and normalised as TRL's loss does it with a token's loss.
+
+        TRL's loss itself says how: at ratio 1, without KL, entropy bonus or filters, a token's loss is minus its
+        advantage.
+        """
+        zeros = torch.zeros_like(values)
+        inputs = {**inputs, "advantages": -values, "old_per_token_logps": zeros.detach()}
+        with self._set(
+            _loss_scores=TokenScores(zeros.detach(), zeros.detach(), zeros.bool()),
+            _metrics=_scratch_metrics(),
+            _entropy_bonus_enabled=False,
+            beta=0.0,
+            importance_sampling_level="token",
+            loss_type={"cispo": "dapo", "vespo": "dapo", "sapo": "grpo"}.get(self.loss_type, self.loss_type),
+            off_policy_mask_threshold=None,
+            top_entropy_quantile=1.0,
+        ):
+            return super()._compute_loss(model, inputs)
+
+    @contextmanager
+    def _set(self, **attributes):
+        """Attributes of the trainer, set for the duration of a call into TRL."""
+        before = {name: getattr(self, name) for name in attributes}
+        vars(self).update(attributes)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def _segmented_loss(self, model, inputs, perturbed: Rollout, draw: int, views: int, loss) -> Tensor:
+        """TRL's loss, one forward and one backward at a time; see `segmented_backward`."""
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
         @contextmanager
         def defer_sync():
@@ -485,9 +588,14 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
         filler = None
         if self._separable:
-            filler = inputs.get("old_per_token_logps", torch.zeros_like(rollout.logps))
+            filler = inputs.get("old_per_token_logps", torch.zeros_like(perturbed.logps))
         return segmented_backward(
-            views, lambda n: self._score_view(model, perturbed, n, draw), loss, backward, defer_sync, filler
+            views,
+            lambda n: self._score_view(model, perturbed, n, draw, reference=self._reference),
+            loss,
+            backward,
+            defer_sync,
+            filler,
         )
 
     # ----------------------------------------------------------------------------------------------------------
@@ -509,7 +617,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         metrics["flops_paper"] = [totals[1]]
 
     @torch.no_grad()
-    def _record_mismatch(self, scores: TokenScores) -> None:
+    def _record_mismatch(self, scores: TokenScores, rollout: Rollout) -> None:
         """Log how far the sampler's own log-probs are from the policy's, where the sampler's serve as the old
         policy's.
 
@@ -519,7 +627,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         before_update = self._step % cycle < self.args.gradient_accumulation_steps
         if self.args.old_logps != "rollout" or not self.model.training or not before_update:
             return
-        rollout = self._loss_batch[0]
         ratio = (scores.logps - rollout.logps)[rollout.counted]
         kl = (ratio.exp() - 1 - ratio).mean().nan_to_num()
         metrics = self._metrics["train"]

@@ -13,6 +13,7 @@ log-probs: 2N forwards.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -57,16 +58,17 @@ def segmented_backward(
         with nullcontext() if last else defer_sync():
             scores = score(n)
             if separable:
-                detached = _detach(scores)
+                detached = scores.map(Tensor.detach)
                 seen = detached if seen is None else seen + detached
-                here = TokenScores(
-                    torch.where(scores.scored, detached.logps, filler), detached.entropies, scores.scored
-                )
+                # What other views score stands at ratio 1, so that its loss is finite; the view itself is 0 there, and
+                # so is what these entries' slopes are multiplied with.
+                here = replace(detached, logps=torch.where(scores.scored, detached.logps, filler))
                 _, slopes = _slopes(loss, here, record=False)
-                slopes = [slope.masked_fill(~scores.scored, 0) for slope in slopes]
-            surrogate = (slopes[0] * scores.logps).sum()
-            if scores.entropies.requires_grad:
-                surrogate = surrogate + (slopes[1] * scores.entropies).sum()
+            surrogate = sum(
+                (slope * table).sum()
+                for slope, table in zip(slopes, scores.tables, strict=True)
+                if table.requires_grad
+            )
             if not last:
                 backward(surrogate)
     if separable:
@@ -82,14 +84,12 @@ def _sum(parts) -> TokenScores:
     return total
 
 
-def _detach(scores: TokenScores) -> TokenScores:
-    return TokenScores(scores.logps.detach(), scores.entropies.detach(), scores.scored)
-
-
 def _slopes(loss: Loss, scores: TokenScores, record: bool) -> tuple[Tensor, list[Tensor]]:
-    """Value of the loss, and its gradient with respect to log-probs and entropies."""
-    leaves = [scores.logps.detach().requires_grad_(), scores.entropies.detach().requires_grad_()]
+    """Value of the loss, and its gradient with respect to each table of the scores."""
+    leaves = scores.map(lambda table: table.detach().requires_grad_())
     with torch.enable_grad():
-        value = loss(TokenScores(*leaves, scores.scored), record)
-    slopes = torch.autograd.grad(value, leaves, allow_unused=True)
-    return value.detach(), [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, slopes, strict=True)]
+        value = loss(leaves, record)
+    slopes = torch.autograd.grad(value, leaves.tables, allow_unused=True)
+    return value.detach(), [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves.tables, slopes, strict=True)
+    ]
