@@ -68,6 +68,5 @@ def test_prompts_are_tokenized_as_trl_does_it(tiny):
     assert tokenizer.decode(ids[1][mask[1]]) == "1="
     chat = [[{"role": "user", "content": "hi"}]]
     ids, mask = tokenize_prompts(tokenizer, chat)
-    assert tokenizer.decode(ids[0]) == tokenizer.apply_chat_template(
-        chat[0], add_generation_prompt=True, tokenize=False
-    )
+    text = tokenizer.apply_chat_template(chat[0], add_generation_prompt=True, tokenize=False)
+    assert tokenizer.decode(ids[0]) == text

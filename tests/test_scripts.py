@@ -21,6 +21,7 @@ RUN = {
     "report_to": "none",
     "disable_tqdm": True,
     "save_steps": 1,
+    "logging_steps": 1,
     "resume_from_checkpoint": True,
 }
 GRPO = {
@@ -74,9 +75,11 @@ def test_an_interrupted_run_resumes_from_its_last_checkpoint(tmp_path, tiny):
     assert last_checkpoint(parsed[1]).endswith("checkpoint-1")
     again = grpo.main(*grpo.make_parser().parse_args_and_config(["--config", config])).state
     assert again.global_step == 3
-    assert [entry["reward"] for entry in again.log_history if "reward" in entry] == [
-        entry["reward"] for entry in whole if "reward" in entry
-    ]
+    rewards, losses = (
+        [[entry[key] for entry in history if key in entry] for history in (whole, again.log_history)]
+        for key in ("reward", "loss")
+    )
+    assert rewards[0] == rewards[1] and losses[0] == losses[1] and len(losses[0]) == 3
 
 
 @pytest.mark.parametrize(
