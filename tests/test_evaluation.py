@@ -1,10 +1,12 @@
 """Evaluation: intervals, scores, and an interrupted run that ends with the file of an undisturbed one."""
 
+import itertools
 import json
 
 import pytest
 
-from trl_dllm.evaluation import GENERATIONS, SUMMARY, evaluate, tokenize_prompts, wilson_interval
+from trl_dllm import evaluation
+from trl_dllm.evaluation import GENERATIONS, SUMMARY, evaluate, pass_at_k, tokenize_prompts, wilson_interval
 from trl_dllm.generation import DiffusionGenerationConfig
 from trl_dllm.models import create_tiny_model
 from trl_dllm.tasks import get_task
@@ -30,18 +32,71 @@ def test_wilson_interval_is_the_published_one():
     assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
-@pytest.mark.parametrize("rows_written", [0, 3, 4, 6, 8])
-def test_an_interrupted_evaluation_ends_with_the_undisturbed_file(tiny, tmp_path, rows_written):
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 3])
+def test_an_interrupted_evaluation_ends_with_the_undisturbed_file(tiny, tmp_path, monkeypatch, batches):
     whole = run(tiny, tmp_path / "whole")
-    run(tiny, tmp_path / "cut")
-    lines = (tmp_path / "whole" / GENERATIONS).read_text().splitlines(keepends=True)
-    # Killed in the middle of a batch, and of a line.
-    (tmp_path / "cut" / GENERATIONS).write_text("".join(lines[:rows_written]) + lines[rows_written][:7])
-    (tmp_path / "cut" / SUMMARY).unlink()
+    draw, calls = evaluation.generate, []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > batches:
+            raise Killed
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "generate", dying)
+    if batches < 3:
+        with pytest.raises(Killed):
+            run(tiny, tmp_path / "cut")
+        assert not (tmp_path / "cut" / GENERATIONS).exists()
+    else:
+        run(tiny, tmp_path / "cut")
+    (tmp_path / "cut" / "parts").mkdir(exist_ok=True)
+    (tmp_path / "cut" / "parts" / "000001.tmp").write_text('{"row": 4, "sam')  # killed while writing
+    calls.clear()
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **kwargs: calls.append(1) or draw(*args, **kwargs))
     again = run(tiny, tmp_path / "cut")
+    assert len(calls) == 3 - batches
     assert (tmp_path / "cut" / GENERATIONS).read_text() == (tmp_path / "whole" / GENERATIONS).read_text()
     whole.pop("seconds"), again.pop("seconds")
     assert again == whole
+
+
+def test_a_row_draws_the_same_in_every_batch(tiny, tmp_path):
+    run(tiny, tmp_path / "four", batch_size=4)
+    run(tiny, tmp_path / "seven", batch_size=7)
+    assert (tmp_path / "four" / GENERATIONS).read_text() == (tmp_path / "seven" / GENERATIONS).read_text()
+
+
+def test_several_samples_give_pass_at_k(tiny, tmp_path):
+    summary = run(tiny, tmp_path, n=3, num_samples=5)
+    records = [json.loads(line) for line in (tmp_path / GENERATIONS).read_text().splitlines()]
+    assert [(record["row"], record["sample"]) for record in records] == [(r, s) for r in range(3) for s in range(5)]
+    assert len({record["completion"] for record in records[:5]}) > 1
+    assert set(summary["pass_at_k"]) == {"1", "2", "4"}
+
+
+def test_pass_at_k_is_the_probability_over_all_choices_of_k_samples():
+    correct, samples = [0, 1, 3, 6], 6
+    for k in (1, 2, 4):
+        rates = []
+        for right in correct:
+            flags = [True] * right + [False] * (samples - right)
+            choices = list(itertools.combinations(flags, k))
+            rates.append(sum(any(choice) for choice in choices) / len(choices))
+        assert pass_at_k(correct, samples, k)["value"] == pytest.approx(sum(rates) / 4)
+    assert pass_at_k([1, 0, 1], 1, 1)["low"] == pytest.approx(wilson_interval(2, 3)[0])
+
+
+def test_a_prefill_begins_the_answer_and_is_scored_with_it(tiny, tmp_path):
+    run(tiny, tmp_path, n=2, prefill="<answer>")
+    records = [json.loads(line) for line in (tmp_path / GENERATIONS).read_text().splitlines()]
+    assert all(record["completion"].startswith("<answer>") for record in records)
+    ids, mask = tokenize_prompts(tiny[1], ["1="], prefill="<answer>")
+    assert tiny[1].decode(ids[0]) == "1=<answer>" and mask.all()
 
 
 def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path):
@@ -54,8 +109,10 @@ def test_generations_are_kept_with_their_scores(tiny, tmp_path):
     summary = run(tiny, tmp_path)
     records = [json.loads(line) for line in (tmp_path / GENERATIONS).read_text().splitlines()]
     assert [record["row"] for record in records] == list(range(10))
-    assert summary["n"] == summary["total"] == 10
-    assert summary["correct"] == sum(record["correct"] for record in records)
+    assert summary["n"] == 10
+    assert summary["solve_rate"] == sum(record["correct"] for record in records) / 10
+    assert summary["total"] == sum(record["cells_total"] for record in records)  # blanks, for Sudoku
+    assert summary["correct"] == sum(record["cells_correct"] for record in records)
     assert summary["low"] <= summary["solve_rate"] <= summary["high"]
     assert json.loads((tmp_path / SUMMARY).read_text()) == summary
     assert all(record["steps"] == 4 for record in records)

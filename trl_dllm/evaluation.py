@@ -1,8 +1,11 @@
-"""Running a task on a model: batched, resumable, every generation kept."""
+"""Running a task on a model: batched, resumable, on any number of processes, every generation kept."""
 
 import json
 import math
+import os
+import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from .tasks import Task
 
 GENERATIONS = "generations.jsonl"
 SUMMARY = "summary.json"
+SETTINGS = "settings.json"
+PARTS = "parts"  # one file a finished batch, until all are there
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -28,20 +33,41 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def tokenize_prompts(tokenizer, prompts: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded ids (B, P) and mask (B, P) of text or conversational prompts, tokenized as TRL does in training."""
+def pass_at_k(correct: list[int], samples: int, k: int) -> dict[str, float]:
+    """Unbiased pass@k with a 95 % interval over rows, of rows with `correct` right answers among `samples` each.
+
+    One sample a row gets Wilson's interval; more get the normal one from the spread between rows.
+    """
+    rates = [1 - math.comb(samples - right, k) / math.comb(samples, k) for right in correct]
+    mean = sum(rates) / max(1, len(rates))
+    if samples == 1:
+        low, high = wilson_interval(sum(correct), len(correct))
+    else:
+        spread = sum((rate - mean) ** 2 for rate in rates) / max(1, len(rates) - 1)
+        half = 1.959964 * math.sqrt(spread / max(1, len(rates)))
+        low, high = max(0.0, mean - half), min(1.0, mean + half)
+    return {"value": mean, "low": low, "high": high}
+
+
+def tokenize_prompts(tokenizer, prompts: list, prefill: str = "") -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids (B, P) and mask (B, P) of text or conversational prompts, tokenized as TRL does in training.
+
+    `prefill` is put behind each prompt, as the beginning of the answer.
+    """
     if prompts and not isinstance(prompts[0], str):
-        ids = [
+        rows = [
             tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
             for prompt in prompts
         ]
     else:
-        ids = [tokenizer(text=prompt)["input_ids"] for prompt in prompts]
-    width = max((len(row) for row in ids), default=0)
+        rows = [tokenizer(text=prompt)["input_ids"] for prompt in prompts]
+    start = tokenizer(text=prefill, add_special_tokens=False)["input_ids"] if prefill else []
+    rows = [[*row, *start] for row in rows]
+    width = max((len(row) for row in rows), default=0)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    padded = torch.tensor([[pad] * (width - len(row)) + list(row) for row in ids], dtype=torch.int64)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], dtype=torch.bool)
-    return padded.view(len(ids), width), mask.view(len(ids), width)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.bool)
+    return ids.view(len(rows), width), mask.view(len(rows), width)
 
 
 def evaluate(
@@ -53,94 +79,163 @@ def evaluate(
     output_dir: str | Path,
     batch_size: int = 32,
     seed: int = 0,
+    num_samples: int = 1,
+    parser: str = "default",
+    prefill: str = "",
     settings: dict | None = None,
 ) -> dict:
-    """Draw one completion a row of `dataset`, score it, and summarise.
+    """Draw completions of each row of `dataset`, score them, and summarise.
 
-    Every generation is appended to `generations.jsonl` as soon as its batch is done. An evaluation that was
-    interrupted goes on behind its last whole batch and ends with the same file as an undisturbed one; one with other
-    settings is refused.
+    Each finished batch is a file of its own until all are there, so an evaluation that was killed goes on where it was
+    and ends with the same `generations.jsonl` as an undisturbed one; one with other settings is refused. Under
+    `accelerate launch` the batches are dealt out to the processes, which changes no draw.
 
     Args:
         config (`DiffusionGenerationConfig`): decoding settings.
-        output_dir (`str`): where `generations.jsonl` and `summary.json` are written.
-        seed (`int`): rows draw from hashes of it and their number.
+        output_dir (`str`): where `generations.jsonl`, `summary.json` and `settings.json` are written.
+        seed (`int`): a completion draws from a hash of it, its row's number and its sample's.
+        num_samples (`int`): completions a row; pass@k is given for the powers of two up to it.
+        parser (`str`): which of the task's parsers scores.
+        prefill (`str`): beginning of each answer, put behind the prompt and scored with it.
         settings (`dict`, *optional*): further facts for the summary (model name, split, …).
 
     Returns:
-        The summary: `solve_rate` with its 95 % interval `low`, `high`, `n`, and all settings.
+        The summary: `solve_rate` (pass@1) with its 95 % interval `low`, `high`, `n` rows, `correct` of `total`
+        completions, `pass_at_k`, and all settings.
 
     Raises:
-        ValueError: `output_dir` holds an evaluation with other settings.
+        ValueError: an unknown parser, or an `output_dir` that holds an evaluation with other settings.
     """
+    from accelerate import PartialState
     from tqdm import tqdm
 
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    state, folder = PartialState(), Path(output_dir)
+    score = _parser(task, parser)
     settings = {
         **(settings or {}),
         "task": task.name,
         "n": len(dataset),
+        "num_samples": num_samples,
         "batch_size": batch_size,
         "seed": seed,
+        "parser": parser,
+        "prefill": prefill,
         "generation": asdict(config),
     }
-    done = _resume(folder, settings, batch_size)
+    if state.is_main_process:
+        _open(folder, settings)
+    state.wait_for_everyone()
     start, spec = time.time(), MaskedDiffusionSpec.from_model(model, tokenizer)
     device = next(model.parameters()).device
-    with (folder / GENERATIONS).open("a") as file:
-        progress = tqdm(total=len(dataset), initial=done, desc=f"evaluating {task.name}", unit="row")
-        for first in range(done, len(dataset), batch_size):
-            rows = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
-            ids, mask = tokenize_prompts(tokenizer, [row["prompt"] for row in rows])
-            numbers = torch.arange(first, first + len(rows), device=device)
-            rollout = generate(
-                model, ids.to(device), mask.to(device), config, hash64(seed, Purpose.EVALUATION, numbers), spec
-            )
-            completions = [
-                row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)
-            ]
-            texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-            for number, row, text, steps in zip(
-                range(first, first + len(rows)), rows, texts, rollout.num_steps, strict=True
-            ):
-                record = {"row": number, "prompt": row["prompt"], "completion": text, **task.score(text, row)}
-                file.write(json.dumps({**record, "steps": int(steps)}) + "\n")
-            file.flush()
-            progress.update(len(rows))
-        progress.close()
-    records = [json.loads(line) for line in (folder / GENERATIONS).read_text().splitlines()]
-    correct = sum(bool(record["correct"]) for record in records)
-    low, high = wilson_interval(correct, len(records))
+    draws = [(row, sample) for row in range(len(dataset)) for sample in range(num_samples)]
+    batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
+    todo = [] if (folder / GENERATIONS).exists() else range(state.process_index, len(batches), state.num_processes)
+    progress = tqdm(todo, desc=f"evaluating {task.name}", unit="batch", disable=not state.is_main_process)
+    for number in progress:
+        part = folder / PARTS / f"{number:06d}.jsonl"
+        if part.exists():
+            continue
+        rows = [dataset[row] for row, _ in batches[number]]
+        ids, mask = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], prefill)
+        keys = torch.tensor(batches[number], device=device)
+        seeds = hash64(seed, Purpose.EVALUATION, keys[:, 0], keys[:, 1])
+        rollout = generate(model, ids.to(device), mask.to(device), config, seeds, spec)
+        completions = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        lines = []
+        for (row, sample), columns, text, steps in zip(batches[number], rows, texts, rollout.num_steps, strict=True):
+            record = {"row": row, "sample": sample, "prompt": columns["prompt"], "completion": prefill + text}
+            lines.append({**record, **score(prefill + text, columns), "steps": int(steps)})
+        _write(part, lines)
+    state.wait_for_everyone()
+    if state.is_main_process and not (folder / GENERATIONS).exists():
+        parts = [folder / PARTS / f"{number:06d}.jsonl" for number in range(len(batches))]
+        _write(folder / GENERATIONS, [line for part in parts for line in _read(part)])
+        shutil.rmtree(folder / PARTS)  # with what a killed process may have left half-written
+    state.wait_for_everyone()
     summary = {
-        "solve_rate": correct / max(1, len(records)),
-        "low": low,
-        "high": high,
-        "correct": correct,
-        "total": len(records),
+        **summarise(_read(folder / GENERATIONS), num_samples),
         "seconds": round(time.time() - start, 1),
         **settings,
     }
+    if state.is_main_process:
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str = "default") -> dict:
+    """Score outputs that were stored before, as JSON lines of `question`, `generations` and `ground_truth`.
+
+    Returns the summary, also written to `output_dir`: `correct` of `total` (blanks, for Sudoku) and the interval.
+
+    Raises:
+        ValueError: a parser that the task does not have, or a task without a form of stored outputs.
+    """
+    score, folder = _parser(task, parser), Path(output_dir)
+    if task.stored_row is None:
+        raise ValueError(f"task={task.name!r} has no form of stored outputs to read.")
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, stored_record in enumerate(_read(Path(stored))):
+        row, text = task.stored_row(stored_record), stored_record["generations"]
+        text = text[0] if isinstance(text, list) else text
+        records.append({"row": number, "completion": text, **score(text, row)})
+    _write(folder / GENERATIONS, records)
+    summary = {**summarise(records, 1), "task": task.name, "parser": parser, "from_generations": str(stored)}
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def _resume(folder: Path, settings: dict, batch_size: int) -> int:
-    """Rows already evaluated; drops what an interruption left of a batch, so that batches are cut as before."""
-    marker, generations = folder / "settings.json", folder / GENERATIONS
+def summarise(records: list[Mapping], num_samples: int) -> dict:
+    """Solve rate, interval and pass@k of scored completions; a task with cells (Sudoku) gives cells as total."""
+    right: dict[int, int] = {}
+    for record in records:
+        right[record["row"]] = right.get(record["row"], 0) + bool(record["correct"])
+    powers = [2**i for i in range(num_samples.bit_length())]
+    passes = {k: pass_at_k(list(right.values()), num_samples, k) for k in powers}
+    cells = all("cells_total" in record for record in records) and bool(records)
+    return {
+        "solve_rate": passes[1]["value"],
+        "low": passes[1]["low"],
+        "high": passes[1]["high"],
+        "correct": sum(record["cells_correct"] if cells else bool(record["correct"]) for record in records),
+        "total": sum(record["cells_total"] for record in records) if cells else len(records),
+        "pass_at_k": {str(k): value for k, value in passes.items()},
+    }
+
+
+def _parser(task: Task, name: str):
+    if name not in task.parsers:
+        raise ValueError(f"parser={name!r}: task {task.name!r} has {', '.join(task.parsers)}.")
+    return task.parsers[name]
+
+
+def _read(path: Path) -> list[dict]:
+    with path.open() as file:
+        return [json.loads(line) for line in file]
+
+
+def _write(path: Path, records: list[dict]) -> None:
+    """All of a file or none of it."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(temporary, path)
+
+
+def _open(folder: Path, settings: dict) -> None:
+    """Make the folder ready, or check that what it holds was made with the same settings."""
+    folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
-    if marker.exists() and generations.exists():
-        before = json.loads(marker.read_text())
+    if (folder / SETTINGS).exists():
+        before = json.loads((folder / SETTINGS).read_text())
         if before != settings:
             changed = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
             raise ValueError(
                 f"output_dir={str(folder)!r} holds an evaluation with other settings ({', '.join(changed)} differ). "
                 "Choose another folder, or delete that one."
             )
-        lines = [line for line in generations.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        whole = len(lines) if len(lines) >= settings["n"] else len(lines) // batch_size * batch_size
-        generations.write_text("".join(lines[:whole]))
-        return whole
-    marker.write_text(json.dumps(settings, indent=2) + "\n")
-    generations.write_text("")
-    return 0
+    else:
+        _write(folder / SETTINGS, [settings])
+        (folder / GENERATIONS).unlink(missing_ok=True)
+    if not (folder / GENERATIONS).exists():
+        (folder / PARTS).mkdir(exist_ok=True)

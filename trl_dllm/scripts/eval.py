@@ -1,54 +1,98 @@
-"""Evaluate a model on a task.
+"""Evaluate a model on a task, or score outputs that were stored before.
 
-trl-dllm eval --model_name_or_path runs/demo/grpo --task sudoku --num_examples 256 --max_new_tokens 16 --output_dir
-runs/eval
+    trl-dllm eval --model_name_or_path runs/demo/grpo --task sudoku --max_new_tokens 17 --output_dir runs/eval
+    trl-dllm eval --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --task gsm8k --protocol d1 --output_dir runs/gsm8k
+    trl-dllm eval --task gsm8k --from_generations outputs.jsonl --parser d1 --output_dir runs/rescored
+
+`--protocol d1` is d1's: zero-shot, greedy, blocks of 32, two tokens a step, the whole canvas, lengths 128, 256 and 512.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from trl_dllm.evaluation import evaluate
+from trl_dllm.evaluation import evaluate, rescore
 from trl_dllm.scripts.generate import add_generation_arguments, generation_config, load_model
 from trl_dllm.tasks import TASKS, get_task
 
 
+D1_LENGTHS = (128, 256, 512)
+
+
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", required=True, choices=sorted(TASKS), help="What to evaluate on.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
-    parser.add_argument("--num_examples", type=int, default=256, help="Examples to evaluate.")
-    parser.add_argument(
-        "--task_kwargs", type=json.loads, default={}, help="Further arguments of the task's load, as JSON."
-    )
+    parser.add_argument("--num_examples", type=int, help="Examples to evaluate; default: all, 256 of generated tasks.")
+    parser.add_argument("--task_kwargs", type=json.loads, default={}, help="Further arguments of the task, as JSON.")
     parser.add_argument("--data_dir", help="Local folder with the task's data.")
-    parser.add_argument("--output_dir", required=True, help="Where generations.jsonl and summary.json are written.")
-    add_generation_arguments(parser)
+    parser.add_argument("--output_dir", required=True, help="Where generations and summary are written.")
+    parser.add_argument("--num_samples", type=int, default=1, help="Completions a row, for pass@k.")
+    parser.add_argument("--parser", default="default", help="Which of the task's parsers scores: default or d1.")
+    parser.add_argument("--prefill", default="", help="Beginning of each answer, such as '<reasoning>'.")
+    parser.add_argument("--protocol", choices=["free", "d1"], default="free", help="d1's settings, or the flags'.")
+    parser.add_argument("--lengths", type=int, nargs="+", help="Canvas lengths of the d1 protocol.")
+    parser.add_argument(
+        "--from_generations", help="JSON lines of question, generations, ground_truth to score instead."
+    )
+    add_generation_arguments(parser, model_required=False)
     return parser
 
 
 def main(args: argparse.Namespace) -> dict:
-    config = generation_config(args)
-    task = get_task(args.task)
-    dataset = task.load(args.split, args.num_examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs)
+    task, folder = get_task(args.task), Path(args.output_dir)
+    if args.from_generations:
+        summary = rescore(task, args.from_generations, folder, args.parser)
+        _print(task.name, summary, folder)
+        return summary
+    if not args.model_name_or_path:
+        raise ValueError("Name a model with --model_name_or_path, or stored outputs with --from_generations.")
+    runs = {folder: args}
+    if args.protocol == "d1":
+        settings = {"block_length": 32, "temperature": 0.0, "stop_at_eos": False, "diffusion_steps": None}
+        lengths = args.lengths or D1_LENGTHS
+        runs = {
+            folder / str(n): argparse.Namespace(**{**vars(args), **settings, "max_new_tokens": n}) for n in lengths
+        }
+    configs = {path: generation_config(run) for path, run in runs.items()}  # before the model loads
+    generated = args.task in ("sudoku", "countdown")
+    examples = args.num_examples or (256 if generated else None)
+    dataset = task.load(args.split, examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs)
     model, tokenizer = load_model(args)
-    summary = evaluate(
-        model,
-        tokenizer,
-        task,
-        dataset,
-        config,
-        args.output_dir,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        settings={"model": args.model_name_or_path, "split": args.split, "task_kwargs": args.task_kwargs},
-    )
-    print(
-        f"{task.name}: {summary['solve_rate']:.1%} of {summary['total']} solved "
-        f"(95 % interval {summary['low']:.1%} to {summary['high']:.1%}); settings in "
-        f"{Path(args.output_dir) / 'summary.json'}"
-    )
+    for path, config in configs.items():
+        summary = evaluate(
+            model,
+            tokenizer,
+            task,
+            dataset,
+            config,
+            path,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            num_samples=args.num_samples,
+            parser=args.parser,
+            prefill=args.prefill,
+            settings={
+                "model": args.model_name_or_path,
+                "adapter": args.adapter,
+                "split": args.split,
+                "task_kwargs": args.task_kwargs,
+                "protocol": args.protocol,
+            },
+        )
+        _print(task.name, summary, path)
     return summary
+
+
+def _print(name: str, summary: dict, folder: Path) -> None:
+    from accelerate import PartialState
+
+    PartialState().print(
+        f"{name}: {summary['solve_rate']:.1%} solved (95 % interval {summary['low']:.1%} to {summary['high']:.1%}), "
+        f"{summary['correct']} of {summary['total']} right; settings in {folder / 'summary.json'}"
+    )
 
 
 if __name__ == "__main__":

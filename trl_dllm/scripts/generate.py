@@ -10,9 +10,9 @@ from trl_dllm.generation.config import CACHES
 from trl_dllm.generation.order import MEASURES
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
+def add_generation_arguments(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
     """The model and decoding flags, shared with `eval`."""
-    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of the model.")
+    parser.add_argument("--model_name_or_path", required=model_required, help="Folder or Hub name of the model.")
     parser.add_argument("--adapter", help="Folder or Hub name of a PEFT adapter to load onto it.")
     parser.add_argument("--dtype", default="auto", help="Weights' dtype: auto, float32, bfloat16 or float16.")
     parser.add_argument("--attn_implementation", help="eager, sdpa, flex_attention, …")
