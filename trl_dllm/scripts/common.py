@@ -71,6 +71,7 @@ class TaskArguments(ScriptArguments):
         num_train_examples (`int`): training examples to generate or take.
         num_eval_examples (`int`): evaluation examples to generate or take.
         data_dir (`str`, *optional*): local folder with the task's data, instead of the Hub.
+        dry_run (`bool`): load no weights; print the batch arithmetic, FLOPs and a memory estimate a GPU, and stop.
         puzzle_seed (`int`, *optional*): seed of generated data; `None` takes the run's.
     """
 
@@ -81,6 +82,10 @@ class TaskArguments(ScriptArguments):
     num_train_examples: int = field(default=4096, metadata={"help": "Training examples to generate or take."})
     num_eval_examples: int = field(default=512, metadata={"help": "Evaluation examples to generate or take."})
     data_dir: str | None = field(default=None, metadata={"help": "Local folder with the task's data."})
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Load no weights: print the batch arithmetic, FLOPs and a memory estimate, and stop."},
+    )
     puzzle_seed: int | None = field(
         default=None, metadata={"help": "Seed of generated data. None takes the run's seed."}
     )

@@ -4,7 +4,7 @@
     trl-dllm eval --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --task gsm8k --protocol d1 --output_dir runs/gsm8k
     trl-dllm eval --task gsm8k --from_generations outputs.jsonl --parser d1 --output_dir runs/rescored
 
-`--protocol d1` is d1's: zero-shot, greedy, blocks of 32, two tokens a step, the whole canvas, lengths 128, 256 and 512.
+`--protocol d1` is d1's: zero-shot, greedy, blocks of 32, two tokens a step, whole canvas, lengths 128, 256 and 512.
 """
 
 import argparse

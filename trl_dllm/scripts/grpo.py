@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from trl import ModelConfig
 
+from trl_dllm.reports.dry_run import dry_run
 from trl_dllm.scripts.common import (
     RecipeParser,
     TaskArguments,
@@ -43,6 +44,8 @@ def make_parser(prog: str | None = None) -> RecipeParser:
 
 
 def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPOConfig, model_args: ModelConfig):
+    if script_args.dry_run:
+        return dry_run("grpo", training_args, model_args)
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionGRPOTrainer

@@ -6,6 +6,7 @@ accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/s
 
 from trl import ModelConfig
 
+from trl_dllm.reports.dry_run import dry_run
 from trl_dllm.scripts.common import RecipeParser, TaskArguments, load_split, model_init_kwargs, train_and_save
 from trl_dllm.trainer.sft_config import DiffusionSFTConfig
 
@@ -23,6 +24,8 @@ def main(
     model_args: ModelConfig,
     callbacks: list | None = None,
 ):
+    if script_args.dry_run:
+        return dry_run("sft", training_args, model_args)
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionSFTTrainer
