@@ -1,4 +1,4 @@
-"""The command line: `trl-dllm {init-tiny,sft,grpo,eval,generate}`.
+"""The command line: `trl-dllm {init-tiny,sft,grpo,eval,generate,report}`.
 
 Training commands take a recipe, overrides, and the arguments of `accelerate launch` among them:
 
@@ -20,6 +20,7 @@ COMMANDS = {
     "grpo": ("grpo", True, "train a masked diffusion model with GRPO"),
     "eval": ("eval", False, "evaluate a model on a task"),
     "generate": ("generate", False, "complete prompts"),
+    "report": ("report", False, "compare likelihood estimates with what a model draws"),
 }
 
 

@@ -10,6 +10,7 @@ PKL⁺ is PKL with a perturbed prompt (`p_mask_prompt`).
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..models.attention import NEVER, Attention
@@ -70,17 +71,17 @@ class BlockPseudoLikelihood(Estimator):
         return -(-_largest_row(rollout) // self.block_size) if self.views == "partition" else self.views
 
     def _members(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
-        """Number of the set that each position belongs to, int64 (B, L); positions in no set come out of range."""
+        """Number of the set that each position belongs to, int64 (B, L); -1 for positions in no set."""
         if self.block_size >= rollout.counted.shape[1]:
             # All means all: tokens behind the EOS are masked with the rest, or this would not be d1's mean field.
-            return (~rollout.revealed).long() * rollout.counted.shape[1]
+            return rollout.revealed.long() - 1
         order = _draw_order(rollout, seeds, iteration)
-        return (order // self.block_size).masked_fill(~rollout.counted, rollout.counted.shape[1])
+        return (order // self.block_size).masked_fill(~rollout.counted, -1)
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
-        if n >= self.num_views(rollout):  # asked for by a process that needs more views than this one
-            n = rollout.counted.shape[1] + 1
         chosen = self._members(rollout, seeds, iteration) == n
+        if n >= self.num_views(rollout):  # asked for by a process that needs more views than this one
+            chosen = torch.zeros_like(chosen)
         view = canvas_view(rollout, visible=rollout.revealed & ~chosen, scored=chosen)
         if self.mask_attention == "full":
             return view
@@ -89,7 +90,8 @@ class BlockPseudoLikelihood(Estimator):
         return replace(view, attention=Attention(key, query=key.new_zeros(key.shape)))
 
     def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
-        return self._members(rollout, seeds, iteration) < self.num_views(rollout)
+        members = self._members(rollout, seeds, iteration)
+        return (members >= 0) & (members < self.num_views(rollout))
 
 
 class PseudoLikelihood(BlockPseudoLikelihood):
@@ -119,11 +121,10 @@ class TrajectoryPseudoLikelihood(Estimator):
     earlier. The paper leaves open what the clean rows attend to. Refused for shifted families. One forward of P + 2L.
 
     Args:
-        clean_rows (`str`): "causal": clean rows see only what was revealed before them ("the attention on any non-mask
-            token could only have been on U_i"): the numbers of `AnyOrder`, which no token's own value can leak into.
-            "bidirectional": prompt and clean rows see the whole prompt and all clean tokens, the paper's constraint
-                (A)
-            taken literally; with two or more layers y_i reaches its own mask row through them.
+        clean_rows (`str`): "causal", clean rows see only what was revealed before them ("the attention on any non-mask
+            token could only have been on U_i"): the numbers of `AnyOrder`, into which no token's own value can leak;
+            or "bidirectional", prompt and clean rows see the whole prompt and all clean tokens, the first constraint
+            of the paper taken literally: with two or more layers y_i reaches its own mask row through them.
     """
 
     def __init__(self, clean_rows: str = "causal"):

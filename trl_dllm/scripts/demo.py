@@ -35,8 +35,9 @@ SAMPLING = {"max_new_tokens": 17, "block_length": 17, "diffusion_steps": 8, "tem
 class StopAtSolveRate(TrainerCallback):
     """Ends a run once the model solves `target` of some validation puzzles, looking every `every` steps."""
 
-    def __init__(self, target: float, tokenizer, every: int = 50, num_examples: int = 200):
+    def __init__(self, target: float, tokenizer, every: int = 50, num_examples: int = 200, **sampling):
         self.task, self.target, self.tokenizer, self.every = get_task("sudoku"), target, tokenizer, every
+        self.config = DiffusionGenerationConfig(**{**SAMPLING, "stop_at_eos": False, **sampling})
         self.puzzles = self.task.load("validation", num_examples, **BLANKS)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -47,7 +48,7 @@ class StopAtSolveRate(TrainerCallback):
     def solve_rate(self, model) -> float:
         ids, mask = tokenize_prompts(self.tokenizer, list(self.puzzles["prompt"]))
         seeds = hash64(Purpose.EVALUATION, torch.arange(len(ids)))
-        rollout = generate(model, ids, mask, DiffusionGenerationConfig(stop_at_eos=False, **SAMPLING), seeds)
+        rollout = generate(model, ids, mask, self.config, seeds)
         completions = [row[keep] for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
         scores = [self.task.score(text, row)["correct"] for text, row in zip(texts, self.puzzles, strict=True)]

@@ -1,7 +1,8 @@
 """What every task has, and the few helpers that their parsers share."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -22,21 +23,30 @@ class Task:
         rewards: TRL reward functions by name, the default first.
         score: `score(text, row)`, what evaluation records of one completion of one row; always has the key `correct`
             (bool).
+        parsers: ways to score by name, each called like `score`: "default" is `score` itself, "d1" does as d1's
+            published evaluation does, quirks included.
+        stored_row: `stored_row(record)`, the columns that the parsers read, made from a record of stored outputs in
+            d1's form (`question`, `ground_truth`); None where a task has no such form.
     """
 
     name: str
     load: Callable[..., Any]
     rewards: Mapping[str, Callable[..., list[float]]]
     score: Callable[[str, Mapping[str, Any]], dict[str, Any]]
+    parsers: Mapping[str, Callable[[str, Mapping[str, Any]], dict[str, Any]]] = field(default_factory=dict)
+    stored_row: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parsers", {"default": self.score, **self.parsers})
 
 
-def check_load_arguments(split: str, num_examples: int, prompt_format: str) -> None:
+def check_load_arguments(split: str, num_examples: int | None, prompt_format: str) -> None:
     """Raise `ValueError` unless `load` was asked for something that exists."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}.")
     if prompt_format not in PROMPT_FORMATS:
         raise ValueError(f"prompt_format must be one of {PROMPT_FORMATS}, got {prompt_format!r}.")
-    if num_examples < 1:
+    if num_examples is not None and num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {num_examples}.")
 
 
@@ -57,3 +67,63 @@ def last_answer(text: str) -> str | None:
         return None
     start += len("<answer>")
     return text[start : text.find("</answer>", start)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding answers, all in linear time: a completion may be anything
+
+_END = re.compile(r"<\|(?:eot_id|endoftext|im_end)\|>")
+
+
+def without_end_tokens(text: str) -> str:
+    """`text` up to the first end-of-text token, for outputs that were stored with their special tokens."""
+    return _END.split(text, maxsplit=1)[0]
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last `\\boxed{…}` (or `\\fbox{…}`) of `text`; None without one or where it never closes."""
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    if start < 0:
+        return None
+    start = text.index("{", start) + 1
+    depth = 1
+    for brace in re.finditer("[{}]", text[start:]):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[start : start + brace.start()]
+    return None
+
+
+def marked_answers(text: str) -> Iterator[str]:
+    """
+    What `text` marks as its answer, the clearest mark first, stripped and never empty.
+
+    In order: the last closed `<answer>…</answer>`, the last `\\boxed{…}`, the rest of the line of a last box that never
+    closes, what follows a last `<answer>` that never closes, the line behind the last `####`. A box inside an answer is
+    opened. Never raises.
+    """
+    text = without_end_tokens(text)
+    tail = text.rsplit("<answer>", 1)[1] if "<answer>" in text else None
+    line = text.rsplit("####", 1)[1].strip().split("\n", 1)[0] if "####" in text else None
+    open_box = re.split(r"[\n<]", text.rsplit("\\boxed{", 1)[1], maxsplit=1)[0] if "\\boxed{" in text else None
+    for answer in (last_answer(text), last_boxed(text), open_box, tail, line):
+        for found in (last_boxed(answer or ""), answer):
+            if found and found.strip():
+                yield found.strip()
+
+
+def d1_answer(text: str) -> str:
+    """d1's extraction: from the last `<answer>` to the next `</answer>`, each of which may be missing; stripped."""
+    return text.rsplit("<answer>", 1)[-1].split("</answer>", 1)[0].strip()
+
+
+def d1_last_tag(text: str) -> str | None:
+    """The last of the `<answer>…</answer>` that a left-to-right search finds, stripped, as d1 reads it; None if none."""
+    found, start = None, text.find("<answer>")
+    while start >= 0:
+        end = text.find("</answer>", start)
+        if end < 0:
+            break
+        found = text[start + len("<answer>") : end]
+        start = text.find("<answer>", end)
+    return None if found is None else found.strip()

@@ -1,24 +1,36 @@
-"""The Countdown numbers game, generated from a seed: reach the target with + - * /, using every number exactly once.
+"""The Countdown numbers game: reach the target with + - * /, using every number exactly once.
+
+Problems are generated from a seed, or the published ones of d1's evaluation and of its training set are read.
 
 A hash of the problem (the numbers in any order, and the target) says which split it belongs to, so the splits share no
 problem, whatever the seeds and ranges.
 """
 
+import ast
 import hashlib
 import random
 import re
+import warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from datasets import Dataset
 
-from .base import Task, check_load_arguments, completion_text, last_answer
+from .base import Task, check_load_arguments, completion_text, d1_last_tag, last_answer, last_boxed, without_end_tokens
+from .d1_format import d1_last_box
+from .data import choose, read_rows
 
 
 # What an answer may be at most: far more than any real one needs, and little enough that parsing takes microseconds.
 MAX_LENGTH = 256
 MAX_DEPTH = 32
+
+SOURCES = ("generated", "d1")
+FILES = {"train": "countdown/train.jsonl", "test": "countdown/test.jsonl"}
+HUB = {"train": ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train")}
+HELD_OUT = 500  # rows that d1 keeps back at the end of its shuffled training set
+DEFAULT_EXAMPLES = {"train": 10_000, "validation": 256, "test": 256}
 
 MAX_MISSES = 50_000  # draws in a row without a new problem after which there are taken to be no more
 
@@ -73,13 +85,15 @@ def _join(left: tuple, operator: str, right: tuple) -> str:
 
 def load(
     split: str,
-    num_examples: int,
+    num_examples: int | None = None,
     seed: int = 0,
     num_numbers: int = 3,
     prompt_format: str = "text",
     max_number: int = 99,
     max_target: int = 99,
     data_dir: str | None = None,
+    source: str = "generated",
+    allow_test_as_train: bool = False,
 ) -> Dataset:
     """
     Different problems that have a solution: `num_numbers` numbers in 1..`max_number`, a target in 1..`max_target`.
@@ -87,16 +101,25 @@ def load(
     Columns: `prompt`, `numbers` (list of int), `target` (int), `completion` (for SFT: one right expression, of which
     there may be others). With `prompt_format="text"` the prompt is like "3,17,5:46=" and the completion like
     "3*17-5", in the characters 0-9 + - * / ( ) , : = only; with "chat" both are messages, and the expression stands
-    in `<answer>` tags. A smaller `num_examples` gives the first rows of a larger one. `data_dir` is not used: nothing
-    is read from disk.
+    in `<answer>` tags. A smaller `num_examples` gives the first rows of a larger one; None is 10,000 for training and
+    256 else. `data_dir` is not used: nothing is read from disk.
 
-    Raises `ValueError` for an unknown split or format, for impossible ranges, and where too few problems exist.
+    With `source="d1"` the problems are d1's instead, without a `completion`, and None means all of them: "test" is the
+    256 of its evaluation (`countdown/test.jsonl` in `data_dir` or TRL_DLLM_DATA; they are not on the Hub), "train" its
+    training set on the Hub with three numbers, but the last 500 of its shuffled rows, which are "validation".
+
+    Raises `ValueError` for an unknown split, format or source, for impossible ranges, and where too few problems exist.
     """
     check_load_arguments(split, num_examples, prompt_format)
     if not 2 <= num_numbers <= 6:
         raise ValueError(f"num_numbers must be in 2..6, got {num_numbers}.")
     if max_number < 1 or max_target < 1:
         raise ValueError(f"max_number and max_target must be at least 1, got {max_number=} and {max_target=}.")
+    if source not in SOURCES:
+        raise ValueError(f"source must be one of {SOURCES}, got {source!r}.")
+    if source == "d1":
+        return _load_d1(split, num_examples, seed, prompt_format, data_dir, allow_test_as_train)
+    num_examples = num_examples or DEFAULT_EXAMPLES[split]
     rng = random.Random(f"countdown/{split}/{seed}")
     seen = set()
     rows: dict[str, list] = {"prompt": [], "numbers": [], "target": [], "completion": []}
@@ -115,17 +138,42 @@ def load(
         misses = 0
         seen.add(problem)
         if prompt_format == "text":
-            prompt = f"{','.join(map(str, numbers))}:{target}="
             completion = expression
         else:
-            content = CHAT_PROMPT.format(numbers=", ".join(map(str, numbers)), target=target)
-            prompt = [{"role": "user", "content": content}]
             completion = [{"role": "assistant", "content": f"<answer>{expression}</answer>"}]
-        rows["prompt"].append(prompt)
+        rows["prompt"].append(_prompt(numbers, target, prompt_format))
         rows["numbers"].append(numbers)
         rows["target"].append(target)
         rows["completion"].append(completion)
     return Dataset.from_dict(rows)
+
+
+def _prompt(numbers: list[int], target: int, prompt_format: str) -> str | list[dict[str, str]]:
+    if prompt_format == "text":
+        return f"{','.join(map(str, numbers))}:{target}="
+    content = CHAT_PROMPT.format(numbers=", ".join(map(str, numbers)), target=target)
+    return [{"role": "user", "content": content}]
+
+
+def _load_d1(
+    split: str, num_examples: int | None, seed: int, prompt_format: str, data_dir: str | None, as_train: bool
+) -> Dataset:
+    held_out = split == "validation"
+    rows = read_rows("countdown", "train" if held_out else split, FILES, HUB, data_dir, as_train)
+    if "input" in rows[0]:  # d1's evaluation file: the numbers as a string, the target as "output"
+        problems = [([int(number) for number in row["input"].split(",")], int(row["output"])) for row in rows]
+    else:
+        problems = [(list(row["nums"]), int(row["target"])) for row in rows if len(row["nums"]) == 3]
+        random.Random("countdown/held out").shuffle(problems)
+        problems = problems[-HELD_OUT:] if held_out else problems[:-HELD_OUT]
+    problems = choose(problems, split, num_examples, seed)
+    return Dataset.from_dict(
+        {
+            "prompt": [_prompt(numbers, target, prompt_format) for numbers, target in problems],
+            "numbers": [numbers for numbers, _ in problems],
+            "target": [target for _, target in problems],
+        }
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,20 +185,22 @@ class _Invalid(Exception):
 
 
 _TOKEN = re.compile(r"\s*(0|[1-9][0-9]*|[-+*/()=])")
-_SYMBOLS = str.maketrans({"×": "*", "÷": "/", "−": "-"})
+_SYMBOLS = str.maketrans({"×": "*", "÷": "/", "−": "-", "·": "*"})
+_LATEX = re.compile(r"\\(times|cdot|div|left|right)(?![A-Za-z])")
+_LATEX_SYMBOLS = {"times": "*", "cdot": "*", "div": "/", "left": "", "right": ""}
 
 
 def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """
     The exact value of an expression and the numbers in it, in order; None where it is not one.
 
-    Integers, + - * / (also × ÷ −), signs and parentheses, and an "= value" after it, which has to be the right one.
+    Integers, + - * / (also × ÷ − · and LaTeX's \\times, \\cdot and \\div), signs and parentheses, and an "= value" after it, which has to be the right one.
     What has more than 256 characters or 32 nested parentheses is not an expression. Never raises.
     """
     text = text.strip()
     if len(text) > MAX_LENGTH:
         return None
-    text = text.translate(_SYMBOLS)
+    text = _LATEX.sub(lambda match: _LATEX_SYMBOLS[match.group(1)], text.translate(_SYMBOLS))
     tokens, end = [], 0
     while end < len(text):
         match = _TOKEN.match(text, end)
@@ -210,14 +260,18 @@ def _operand(stack: list[str], used: list[int], depth: int) -> Fraction:
 
 def parse_answer(text: str, need_tag: bool = False) -> str | None:
     """
-    The answer in `text`: what stands in the last `<answer>…</answer>`.
+    The answer in `text`: what stands in the last `<answer>…</answer>`, of which a `\\boxed{…}` is opened.
 
-    Without one it is all of `text`, or None if that is blank or if `need_tag`. Never raises.
+    Without tags it is the last box, or else all of `text`; None if that is blank or if `need_tag`. Never raises.
     """
+    text = without_end_tokens(text)
     answer = last_answer(text)
-    if answer is None and not need_tag:
-        answer = text.strip() or None
-    return answer
+    if answer is None and need_tag:
+        return None
+    inner = last_boxed(text if answer is None else answer)
+    if inner is not None:
+        return inner
+    return text.strip() or None if answer is None else answer
 
 
 def is_correct(answer: str | None, numbers: list[int], target: int) -> bool:
@@ -241,9 +295,150 @@ def countdown_reward(completions: list, numbers: list[list[int]], target: list[i
 
 
 def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`correct` of one completion; where the row's prompt is a conversation, only `<answer>` tags hold an answer."""
-    answer = parse_answer(text, need_tag=not isinstance(row.get("prompt", ""), str))
+    """`correct` of one completion; where the row's prompt is a conversation, an answer needs `<answer>` tags or a box."""
+    answer = parse_answer(text, need_tag=True)
+    if answer is None:
+        answer = last_boxed(without_end_tokens(text))
+    if answer is None and isinstance(row.get("prompt", ""), str):
+        answer = parse_answer(text)
     return {"correct": is_correct(answer, row["numbers"], row["target"])}
 
 
-TASK = Task(name="countdown", load=load, rewards={"countdown": countdown_reward}, score=score)
+# ---------------------------------------------------------------------------------------------------------------------
+# d1's reward and parser, quirks included
+
+_D1_ALLOWED = re.compile(r"[\d+\-*/().\s]+")
+_D1_BITS = 4096  # of an intermediate power; d1 runs until it has any power, however large
+D1_MAX_LENGTH = 10_000  # what is longer is wrong, as everything is that Python's parser gives up on
+
+
+def _d1_value(text: str) -> int | float | None:
+    """
+    The value that Python's `eval` gives an expression of digits, + - * / ( ) . and white space; None where it fails.
+
+    So `2**3` and `7//2` are allowed, and `1.5` is a float. Computed from the syntax tree, never by `eval`.
+    """
+    if len(text) > D1_MAX_LENGTH or _D1_ALLOWED.fullmatch(text) is None:
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # "2(3)" parses, with one
+            tree = ast.parse(text.lstrip(" \t"), mode="eval")
+        return _python_value(tree.body)
+    except (_Invalid, ArithmeticError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _python_value(node: ast.AST) -> int | float:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        value = _python_value(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if not isinstance(node, ast.BinOp):
+        raise _Invalid
+    left, right = _python_value(node.left), _python_value(node.right)
+    if isinstance(node.op, ast.Add):
+        return left + right
+    if isinstance(node.op, ast.Sub):
+        return left - right
+    if isinstance(node.op, ast.Mult):
+        return left * right
+    if isinstance(node.op, ast.Div):
+        return left / right
+    if isinstance(node.op, ast.FloorDiv):
+        return left // right
+    if isinstance(node.op, ast.Pow):
+        if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > _D1_BITS:
+            raise _Invalid
+        power = left**right
+        if isinstance(power, complex):
+            raise _Invalid
+        return power
+    raise _Invalid
+
+
+def _d1_same_numbers(text: str, numbers: list[int]) -> bool:
+    try:
+        return sorted(int(run) for run in re.findall(r"\d+", text)) == sorted(numbers)
+    except ValueError:  # thousands of digits
+        return False
+
+
+def d1_countdown_reward(completions: list, numbers: list[list[int]], target: list[int], **kwargs) -> list[float]:
+    """
+    d1's reward: 1.0 for a right expression in the last `<answer>`, 0.1 for any other answer there, 0.0 without one.
+
+    What Python evaluates to within 1e-5 of the target is right, so `**`, `//` and decimals count, and "= 24" behind
+    the expression, LaTeX and × do not. The digits of "1.5" are the numbers 1 and 5. The default differs in all of
+    these; it is exact, and takes an "=" with the right value. (Where d1 would compute a power of more than about 4,000
+    bits, or read more than 10,000 characters, this gives 0.1.)
+    """
+    rewards = []
+    for completion, given, value in zip(completions, numbers, target, strict=True):
+        answer = d1_last_tag(completion_text(completion))
+        if answer is None:
+            rewards.append(0.0)
+            continue
+        found = _d1_value(answer) if _d1_same_numbers(answer, given) else None
+        rewards.append(1.0 if found is not None and _near(found, value) else 0.1)
+    return rewards
+
+
+def _near(found: int | float, target: int) -> bool:
+    try:
+        return abs(found - target) < 1e-5
+    except OverflowError:
+        return False
+
+
+def d1_parse_answer(text: str) -> str:
+    """
+    The expression that d1's evaluation reads; never raises.
+
+    The last `\\boxed{…}`, else the first `<answer>…</answer>`, else the whole text; then LaTeX's times, cdot and div
+    become operators, and of the first equation with a number on its right only the left side is kept.
+    """
+    boxed = d1_last_box(text)
+    if boxed is None:
+        start = text.find("<answer>")
+        end = text.find("</answer>", start)
+        boxed = text[start + len("<answer>") : end].strip() if 0 <= start < end else text
+    for name, symbol in (("\\div", "/"), ("\\times", "*"), ("\\cdot", "*")):
+        boxed = boxed.replace(name, symbol)
+    sides = _d1_equation(boxed)
+    return boxed if sides is None else sides
+
+
+def _d1_equation(text: str) -> str | None:
+    """The left side of the first "expression = number"; each "=" is looked at once, so this is linear."""
+    for equals in re.finditer("=[0-9. ]", text):
+        start = equals.start()
+        while start > 0 and text[start - 1] in "0123456789+-*/() ":
+            start -= 1
+        if start < equals.start():
+            return text[start : equals.start()].strip()
+    return None
+
+
+def d1_score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """`score` by d1's parser: Python's value, in floating point and compared exactly, of `d1_parse_answer`."""
+    answer = d1_parse_answer(text)
+    right = _d1_same_numbers(answer, row["numbers"]) and _d1_value(answer) == row["target"]
+    return {"correct": bool(right)}
+
+
+def stored_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a stored output, whose `ground_truth` is [numbers, target]."""
+    numbers, target = record["ground_truth"]
+    return {"prompt": [{"role": "user", "content": record["question"]}], "numbers": numbers, "target": target}
+
+
+TASK = Task(
+    name="countdown",
+    load=load,
+    rewards={"countdown": countdown_reward, "d1_countdown": d1_countdown_reward},
+    score=score,
+    parsers={"d1": d1_score},
+    stored_row=stored_row,
+)

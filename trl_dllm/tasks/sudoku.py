@@ -1,8 +1,9 @@
-"""4x4 Sudoku, generated from a seed.
+"""4x4 Sudoku: generated from a seed, or the published test puzzles of d1 and SPG.
 
 Only 288 solved grids exist, so a split by puzzle would put every test solution into the training set. The split here
 is by solution: 200 grids are for training, 24 for validation and 64 for testing, whatever the seed. (Grids of two
-splits may still be each other's relabelling.)
+splits may still be each other's relabelling.) d1's 500 test puzzles are no such test: their 229 solutions occur in any
+sizeable training set. SPG's 256 have 88 solutions that SPG does not train on; this training split does train on some of them.
 """
 
 import functools
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .base import Task, check_load_arguments, completion_text, last_answer
+from .base import Task, check_load_arguments, completion_text, d1_last_tag, last_answer
+from .data import choose, read_rows
 
 
 SPLIT_SIZES = {"train": 200, "validation": 24, "test": 64}
+SOURCES = {"d1": "sudoku/d1_test.csv", "spg": "sudoku/spg_test.csv"}
+DEFAULT_EXAMPLES = {"train": 10_000, "validation": 256, "test": 256}
 MAX_BLANKS = 12  # no 4x4 puzzle with fewer than four givens has only one solution
 
 CHAT_PROMPT = (
@@ -110,13 +114,14 @@ def _draw_puzzles(split: str, seed: int, min_blanks: int, max_blanks: int) -> It
 
 def load(
     split: str,
-    num_examples: int,
+    num_examples: int | None = None,
     seed: int = 0,
     min_blanks: int = 6,
     max_blanks: int = 10,
     answer_noise: float = 0.0,
     prompt_format: str = "text",
     data_dir: str | None = None,
+    source: str = "generated",
 ) -> Dataset:
     """
     Different puzzles with one solution each, the solutions from `split` only.
@@ -125,16 +130,27 @@ def load(
     SFT). With `prompt_format="text"` the prompt is the puzzle and "=", the completion the 16 digits of the solution
     and nothing else; `answer_noise` is the probability with which a filled-in digit of the completion is replaced by a
     wrong one (demonstrations that RL can surpass; never in `solution`). With "chat" both are messages, and the answer
-    stands in `<answer>` tags. A smaller `num_examples` gives the first rows of a larger one. `data_dir` is not used:
-    nothing is read from disk.
+    stands in `<answer>` tags. A smaller `num_examples` gives the first rows of a larger one; None is 10,000 for
+    training and 256 else. `data_dir` is not used: nothing is read from disk.
 
-    Raises `ValueError` for an unknown split or format, for blanks outside 1..12, and for more examples than there are
+    With `source="d1"` or "spg" the puzzles are the published test puzzles (`sudoku/d1_test.csv`, `sudoku/spg_test.csv`
+    in `data_dir` or TRL_DLLM_DATA), whatever their blanks, and None means all of them; there is only a "test" split.
+
+    Raises `ValueError` for an unknown split, format or source, for blanks outside 1..12, and for more examples than there are
     puzzles.
     """
     check_load_arguments(split, num_examples, prompt_format)
     if not 1 <= min_blanks <= max_blanks <= MAX_BLANKS:
         raise ValueError(f"need 1 <= min_blanks <= max_blanks <= {MAX_BLANKS}, got {min_blanks=} and {max_blanks=}.")
-    drawn = list(itertools.islice(_draw_puzzles(split, seed, min_blanks, max_blanks), num_examples))
+    if source in SOURCES:
+        rows = read_rows(f"sudoku (source={source!r})", split, {"test": SOURCES[source]}, {}, data_dir)
+        drawn = [(row["Puzzle"], row["Solution"]) for row in choose(rows, split, num_examples, seed)]
+        num_examples = len(drawn)
+    elif source == "generated":
+        num_examples = num_examples or DEFAULT_EXAMPLES[split]
+        drawn = list(itertools.islice(_draw_puzzles(split, seed, min_blanks, max_blanks), num_examples))
+    else:
+        raise ValueError(f"source must be one of {('generated', *SOURCES)}, got {source!r}.")
     if len(drawn) < num_examples:
         raise ValueError(
             f"num_examples={num_examples}, but only {len(drawn)} puzzles of split {split!r} have {min_blanks} to "
@@ -202,6 +218,92 @@ def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"correct": board == row["solution"], "cells_correct": right, "cells_total": blanks}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# d1's reward and parser, quirks included
+
+
+def _d1_cells(board: str, puzzle: str, solution: str) -> tuple[int, int]:
+    """(blanks filled in rightly, blanks) of a board that is cut, or filled up with zeros, to 16 cells."""
+    return count_cells(board[:16].ljust(16, "0"), puzzle, solution)
+
+
+def d1_sudoku_reward(completions: list, puzzle: list[str], solution: list[str], **kwargs) -> list[float]:
+    """
+    d1's reward: the fraction of the blanks filled in rightly by the digits in the last closed `<answer>`.
+
+    Text without tags earns nothing (the default reads its digits), zeros are added and digits dropped to make 16, and
+    any Unicode digit takes a cell (the default reads 0 to 9 only).
+    """
+    rewards = []
+    for completion, given, solved in zip(completions, puzzle, solution, strict=True):
+        answer = d1_last_tag(completion_text(completion)) or ""
+        board = "".join(character for character in answer if character.isdigit())
+        right, blanks = _d1_cells(board, given, solved)
+        rewards.append(right / blanks if board and blanks else 0.0)
+    return rewards
+
+
+_ANSWER_END = re.compile(r"<\|eot_id\|>|<\|endoftext\|>|</answer>")
+_FENCE = re.compile(r"```\s*([\d\s]+)```")
+_SIXTEEN = re.compile(r"(?<!\w)\d{16}(?!\w)")
+
+
+def d1_parse_board(text: str) -> str:
+    """
+    The board that d1's evaluation reads, at most 16 characters without white space; never raises.
+
+    Digits alone in a ``` fence behind the first `<answer>`, else what follows it up to `</answer>` or an end token,
+    else what follows the first `</answer>`, else 16 digits in a row anywhere. What is not a digit is kept and takes a
+    cell.
+    """
+    start = text.find("<answer>")
+    behind = text[start + len("<answer>") :] if start >= 0 else ""
+    candidates = []
+    fence = _first_fence(behind)
+    if fence is not None:
+        candidates.append(fence)
+    if _ANSWER_END.search(behind):
+        candidates.append(_ANSWER_END.split(behind, maxsplit=1)[0])
+    if "</answer>" in text:
+        candidates.append(re.split(r"<\|eot_id\|>|<\|endoftext\|>", text.split("</answer>", 1)[1], maxsplit=1)[0])
+    run = _SIXTEEN.search(text)
+    if run is not None:
+        candidates.append(run.group())
+    chosen = next((candidate for candidate in candidates if candidate.strip()), "")
+    return "".join(chosen.split())[:16]
+
+
+def _first_fence(text: str) -> str | None:
+    """The first ``` fence with digits and white space only; between two fences each character is read once."""
+    for start in re.finditer("```", text):
+        end = text.find("```", start.end())
+        if end < 0:
+            return None
+        match = _FENCE.fullmatch(text, start.start(), end + 3)
+        if match is not None and match.group(1).strip():
+            return match.group(1)
+    return None
+
+
+def d1_score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """`score` by d1's parser; d1 reports cells (`cells_correct` of `cells_total`), `correct` is all of them."""
+    right, blanks = _d1_cells(d1_parse_board(text), row["puzzle"], row["solution"])
+    return {"correct": right == blanks, "cells_correct": right, "cells_total": blanks}
+
+
+def stored_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a stored output: the puzzle is the last run of 16 digits in `question`."""
+    puzzles = re.findall(r"(?<!\d)\d{16}(?!\d)", record["question"])
+    if not puzzles:
+        raise ValueError(f"no puzzle of 16 digits in the stored question {record['question'][:80]!r}.")
+    return {"puzzle": puzzles[-1], "solution": record["ground_truth"]}
+
+
 TASK = Task(
-    name="sudoku", load=load, rewards={"cells": sudoku_cells_reward, "solved": sudoku_solved_reward}, score=score
+    name="sudoku",
+    load=load,
+    rewards={"cells": sudoku_cells_reward, "solved": sudoku_solved_reward, "d1_sudoku": d1_sudoku_reward},
+    score=score,
+    parsers={"d1": d1_score},
+    stored_row=stored_row,
 )

@@ -362,6 +362,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
 
     @property
+    def _scores_old(self) -> bool:
+        """Whether the old policy's log-probs take forwards, where TRL asks for them."""
+        given = self.args.old_logps == "rollout" or self.args.ratio_denominator == "ref"
+        return not given and self.args.loss_type != "wd1"
+
+    @property
     def _num_draws(self) -> int:
         """Inner iterations for which old and reference log-probs differ because something random is drawn in each."""
         random = self.estimator.stochastic or self.args.p_mask_prompt > 0
@@ -447,7 +453,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         # the real ones in.
         check_estimator(self.estimator, self._rollout, self.spec)
         asked_for_old = self._needs_old and not self._scored
-        if asked_for_old and (self.args.old_logps == "rollout" or self.args.ratio_denominator == "ref"):
+        if asked_for_old and not self._scores_old:
             self._scored.append(self._rollout.logps[:, None])
             return input_ids.new_zeros(input_ids.shape[0], logits_to_keep, dtype=torch.float32), None, None
         views = self._num_views(self._rollout)
@@ -637,8 +643,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """d2 App. C.2 for this process's completions: sampling, old and reference log-probs, every inner update."""
         tokens = rollout.completion_ids.numel()
         views = self.estimator.num_views(rollout)
-        old = self._needs_old and self.args.old_logps == "recompute"
-        scored = (old + (self.beta != 0)) * self._num_draws * views * 2
+        old = self._needs_old and self._scores_old
+        reference = self.beta != 0 or self.args.ratio_denominator == "ref"
+        scored = (old + reference) * self._num_draws * views * 2
         update = self.num_iterations * views * (4 if self._frozen_backbone else 6)
         return tokens * self._parameters * (2 * int(rollout.num_steps.max()) + scored + update)
 

@@ -1,0 +1,183 @@
+"""HumanEval: functions to complete from their docstring, checked by running their tests. See `execution`."""
+
+import ast
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from .base import Task, check_load_arguments, completion_text, last_answer, without_end_tokens
+from .data import choose, read_rows, to_dataset
+from .execution import CodeExecutionProvider, pass_fractions
+
+
+FILES = {"test": "humaneval/HumanEval.jsonl"}
+HUB = {"test": ("openai/openai_humaneval", None, "test")}
+
+CHAT_PROMPT = (
+    "Complete this Python function.\n\n```python\n{code}\n```\n\n"
+    "You may reason first. Finish with the whole function, with the imports that it needs, in one ```python block."
+)
+
+# Where a plain continuation of the prompt stops being the function.
+_STOP = re.compile(r"\n(?:class |def |async def |@|#|if |print\(|```)|<answer>|</answer>")
+MAX_CODE = 50_000  # characters of a program; longer ones fail without being run
+
+
+def load(
+    split: str,
+    num_examples: int | None = None,
+    seed: int = 0,
+    prompt_format: str = "chat",
+    data_dir: str | None = None,
+    allow_test_as_train: bool = False,
+) -> Dataset:
+    """
+    164 functions, all of them in "test".
+
+    Columns: `prompt`, `code_prompt` (imports, signature and docstring), `test` (source that defines `check`),
+    `entry_point`, `task_id`, `completion` (for SFT: the reference solution; the body alone with
+    `prompt_format="text"`). From the Hub, or from `humaneval/HumanEval.jsonl(.gz)` in `data_dir` or TRL_DLLM_DATA.
+
+    Raises `ValueError` for other splits; `allow_test_as_train` is explained at `data.read_rows`. To train on code, take
+    the task "mbpp".
+    """
+    check_load_arguments(split, num_examples, prompt_format)
+    rows = choose(read_rows("humaneval", split, FILES, HUB, data_dir, allow_test_as_train), split, num_examples, seed)
+    columns = {name: [row[name] for row in rows] for name in ("task_id", "test", "entry_point")}
+    columns["code_prompt"] = [row["prompt"] for row in rows]
+    bodies = [row["canonical_solution"] for row in rows]
+    if prompt_format == "chat":
+        prompts = [CHAT_PROMPT.format(code=code.rstrip()) for code in columns["code_prompt"]]
+        completions = [
+            f"```python\n{(code + body).strip()}\n```"
+            for code, body in zip(columns["code_prompt"], bodies, strict=True)
+        ]
+    else:
+        prompts, completions = columns["code_prompt"], bodies
+    return to_dataset(prompts, completions, columns, prompt_format)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a completion to programs
+
+
+def extract_code(text: str) -> str | None:
+    """
+    The code that `text` presents: its last ``` block, in the last `<answer>…</answer>` if there is one.
+
+    Without a block it is what stands in the tags; None without both. A block that never closes goes to the end of the
+    text. Never raises.
+    """
+    text = without_end_tokens(text)
+    answer = last_answer(text)
+    inside = text if answer is None else answer
+    pieces = inside.split("```")
+    if len(pieces) > 1:
+        # Odd pieces are blocks; the first line of one names its language.
+        block = pieces[-1] if len(pieces) % 2 == 0 and len(pieces) == 2 else pieces[2 * ((len(pieces) - 1) // 2) - 1]
+        language, newline, code = block.partition("\n")
+        return code if newline and len(language.split()) <= 1 else block
+    return None if answer is None else answer.strip("\n")
+
+
+def defines(code: str, name: str) -> bool:
+    """Does `code` have a definition of the function or class `name` that is not indented? Never raises."""
+    return re.search(rf"^(?:async\s+def|def|class)\s+{re.escape(name)}\b", code, re.MULTILINE) is not None
+
+
+def build_program(text: str, row: Mapping[str, Any]) -> str | None:
+    """
+    The program that says whether a completion is right: its function, the tests, and the call of `check`.
+
+    Code that defines the function is put behind the prompt, whose imports and helpers the tests may use; other code
+    continues the prompt as a body. None for what is too long.
+    """
+    code = extract_code(text)
+    if code is None:
+        code = without_end_tokens(text)
+        if not defines(code, row["entry_point"]):
+            code = _STOP.split(code, maxsplit=1)[0]
+    if len(code) > MAX_CODE:
+        return None
+    prompt = row["code_prompt"]
+    # Behind the prompt, whose function thereby gets an empty body, a new definition takes the old one's place.
+    solution = f"{prompt}\n    pass\n\n{code}" if defines(code, row["entry_point"]) else prompt + code
+    return f"{_future_first(solution)}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+
+
+def _future_first(code: str) -> str:
+    """`from __future__` lines have to come first, wherever a model put them."""
+    lines = re.findall(r"^from __future__ import [^\n]*\n", code, re.MULTILINE)
+    return "".join(lines) + re.sub(r"^from __future__ import [^\n]*\n", "", code, flags=re.MULTILINE)
+
+
+def parses(code: str) -> bool:
+    """Is it Python? Never raises."""
+    try:
+        ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards
+
+
+def humaneval_reward(
+    completions: list,
+    code_prompt: list[str],
+    test: list[str],
+    entry_point: list[str],
+    allow_code_execution: bool | None = None,
+    provider: str | CodeExecutionProvider = "local",
+    **kwargs,
+) -> list[float]:
+    """
+    1.0 where the function passes its tests, else 0.0. Runs generated programs: see `execution` for what that protects.
+
+    Raises `PermissionError` unless `allow_code_execution` is true or TRL_DLLM_ALLOW_CODE_EXECUTION=1 is set, and
+    `execution.SandboxUnavailable` where the local provider has no sandbox. d1 has no such reward.
+    """
+    rows = zip(completions, code_prompt, test, entry_point, strict=True)
+    suites = []
+    for completion, prompt, check, name in rows:
+        row = {"code_prompt": prompt, "test": check, "entry_point": name}
+        program = build_program(completion_text(completion), row)
+        suites.append([] if program is None else [program])
+    return pass_fractions(suites, allow_code_execution, provider)
+
+
+def code_format_reward(completions: list, **kwargs) -> list[float]:
+    """1.0 where the text has a ``` block (or `<answer>` tags) with Python in it, 0.5 where that is no Python, else 0."""
+    codes = [extract_code(completion_text(completion)) for completion in completions]
+    return [
+        0.0 if code is None or not code.strip() else 1.0 if len(code) <= MAX_CODE and parses(code) else 0.5
+        for code in codes
+    ]
+
+
+def make_reward(allow_code_execution: bool = True, provider: str | CodeExecutionProvider = "local") -> Callable:
+    """`humaneval_reward` with execution allowed and the provider chosen, for a script's `reward_funcs`."""
+
+    def humaneval(completions: list, **columns) -> list[float]:
+        options = {"allow_code_execution": allow_code_execution, "provider": provider}
+        return humaneval_reward(completions, **{**columns, **options})
+
+    return humaneval
+
+
+def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """`correct` of one completion; runs it, so that it needs TRL_DLLM_ALLOW_CODE_EXECUTION=1. Raises as the reward."""
+    columns = {name: [row[name]] for name in ("code_prompt", "test", "entry_point")}
+    return {"correct": humaneval_reward([text], **columns) == [1.0]}
+
+
+TASK = Task(
+    name="humaneval",
+    load=load,
+    rewards={"tests": humaneval_reward, "code_format": code_format_reward},
+    score=score,
+)
