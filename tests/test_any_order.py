@@ -17,7 +17,14 @@ from peft import LoraConfig, get_peft_model
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.generation import DiffusionGenerationConfig, generate
-from trl_dllm.likelihood import AnyOrder, ExactTrajectory, TrajectoryPseudoLikelihood, token_logps
+from trl_dllm.likelihood import (
+    AnyOrder,
+    BlockPseudoLikelihood,
+    ExactTrajectory,
+    MeanField,
+    TrajectoryPseudoLikelihood,
+    token_logps,
+)
 from trl_dllm.models import ForwardFlops, LLaDAConfig, LLaDAModelLM, MaskedDiffusionSpec, attention_mask
 from trl_dllm.models import create_tiny_model as tiny_model
 from trl_dllm.noise import Purpose, hash64, row_seeds, uniform
@@ -187,8 +194,16 @@ def test_identity_3_any_order_equals_slow_oracle(models, attn):
         assert scores.logps[~rollout.revealed].eq(0).all()
 
 
+@pytest.fixture
+def fresh_compiler():
+    """For a second shape PyTorch compiles FlexAttention with dynamic shapes, which its CPU back end cannot build."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
-def test_identity_3_any_order_equals_slow_oracle_on_flex_attention(models):
+def test_identity_3_any_order_equals_slow_oracle_on_flex_attention(models, fresh_compiler):
     """Forward only: flex_attention has no backward on a CPU. Slow: it compiles."""
     rollout = next(random_rollouts(torch.float32))
     with torch.no_grad():
@@ -239,7 +254,7 @@ def test_identity_3_scores_equal_both_decoders(models, attn, prompts, settings):
 
 
 @pytest.mark.slow
-def test_identity_3_scores_equal_the_cached_decoder_on_flex_attention(models):
+def test_identity_3_scores_equal_the_cached_decoder_on_flex_attention(models, fresh_compiler):
     model = models("llada", torch.float32, "flex_attention")
     rollout = sample(model, diffusion_steps=8)
     assert model.config._attn_implementation == "flex_attention"
@@ -327,6 +342,19 @@ def test_a_4_bit_model_with_lora_decodes_scores_and_has_the_oracles_gradients(tm
     want = _adapter_gradients(model, slow_any_order(model, rollout)[0], weight.double())
     for name, gradient in got.items():
         assert (gradient - want[name]).abs().max() <= 1e-3 * want[name].abs().max(), name
+
+
+def test_identity_1_isolated_pkl_u_of_the_whole_canvas_is_the_mean_field_of_an_any_order_model(models):
+    """All positions at once from the prompt alone, under the model's own attention: AnyOrder of a one-step rollout."""
+    model, rollout = models("llada"), random_rollout(MASK, VOCAB, 0)
+    fields = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
+    at_once = type(rollout)(**{**fields, "unmask_step": rollout.unmask_step.clamp(max=0)})
+    with torch.no_grad():
+        want = token_logps(model, at_once, AnyOrder())
+        got = token_logps(model, rollout, BlockPseudoLikelihood(block_size=9, mask_attention="isolated"))
+        full = token_logps(model, rollout, MeanField())
+    torch.testing.assert_close(got.logps, want.logps, atol=1e-5, rtol=0)
+    assert (full.logps - want.logps).abs().max() > 1e-2, "the plain denoiser's masks see each other"
 
 
 # ------------------------------------------------------------------------------------------------- identity 4
