@@ -11,7 +11,9 @@ from .base import Task
 
 __all__ = ["TASKS", "Task", "get_task"]
 
-TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in (countdown, gsm8k, humaneval, math500, mbpp, sudoku)}
+TASKS: dict[str, Task] = {
+    module.TASK.name: module.TASK for module in (countdown, gsm8k, humaneval, math500, mbpp, sudoku)
+}
 
 
 def get_task(name: str) -> Task:

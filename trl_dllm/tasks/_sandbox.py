@@ -13,12 +13,14 @@ Three kinds, all with the same monitor (`monitor`) around the program:
   user is killed. The network is closed by the system-call filter alone.
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import platform
 import resource
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -104,7 +106,7 @@ def call(name, *arguments):
     result = getattr(libc, name)(*arguments)
     if result < 0:
         error = ctypes.get_errno()
-        raise OSError(error, "%s: %s" % (name, os.strerror(error)))
+        raise OSError(error, f"{name}: {os.strerror(error)}")
     return result
 
 
@@ -254,8 +256,8 @@ def anonymous_file(content):
     return fd
 
 
-def resident_bytes():
-    """Resident memory of all processes that can be seen but this one, shared pages left out; 0 without /proc."""
+def resident_bytes(uid):
+    """Resident memory of a user's processes, shared pages left out; of all but this one for None; 0 without /proc."""
     total, page, me = 0, resource.getpagesize(), str(os.getpid())
     try:
         names = os.listdir("/proc")
@@ -264,7 +266,9 @@ def resident_bytes():
     for name in names:
         if name.isdigit() and name != me:
             try:
-                with open("/proc/%s/statm" % name) as file:
+                if uid is not None and os.stat("/proc/" + name).st_uid != uid:
+                    continue
+                with open(f"/proc/{name}/statm") as file:
                     fields = file.read().split()
                 total += (int(fields[1]) - int(fields[2])) * page
             except (OSError, IndexError):
@@ -272,8 +276,26 @@ def resident_bytes():
     return total
 
 
-def monitor(request, uid=None, gid=None, kill_all=None, count_memory=True):
-    """Run the program and return the report. `kill_all()` ends what is left; in a PID namespace this process does."""
+def written_bytes(folder):
+    """What the files in a folder take on disk; more than 8192 of them count as too much."""
+    total = entries = 0
+    for path, folders, files in os.walk(folder):
+        entries += len(folders) + len(files)
+        if entries > 8192:
+            return 1 << 62
+        for name in files:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512
+    return total
+
+
+def monitor(request, uid=None, gid=None, kill_all=None):
+    """
+    Run the program and return the report.
+
+    In a PID namespace everything ends with this process. Elsewhere `kill_all()` ends what is left, and memory and disk
+    are those of the user and of the working directory.
+    """
     prctl(PR_SET_DUMPABLE, 0)  # a program of the same user could otherwise write to this process's memory
     nonce = os.urandom(16).hex().encode()
     source = anonymous_file(nonce + request["code"].encode("utf-8", "surrogatepass"))
@@ -287,13 +309,13 @@ def monitor(request, uid=None, gid=None, kill_all=None, count_memory=True):
         try:
             become_program(request, (stdin, pipes[0][1], pipes[1][1], pipes[2][1], source), uid, gid)
         except BaseException as error:
-            os.write(2, ("%s: %s\n" % (type(error).__name__, error)).encode())
+            os.write(2, (f"{type(error).__name__}: {error}\n").encode())
         finally:
             os._exit(122)
     for fd in (source, stdin, *(writing for _, writing in pipes)):
         os.close(fd)
     readers = {reading: bytearray() for reading, _ in pipes}
-    limits = dict(zip(readers, (request["output_bytes"], request["output_bytes"], 4096)))
+    limits = dict(zip(readers, (request["output_bytes"], request["output_bytes"], 4096), strict=True))
     poller, reason, status, next_count = select.poll(), None, None, 0.0
     for fd in readers:
         poller.register(fd, select.POLLIN)
@@ -320,10 +342,13 @@ def monitor(request, uid=None, gid=None, kill_all=None, count_memory=True):
         if elapsed > request["timeout"]:
             reason = "timeout"
             break
-        if count_memory and elapsed >= next_count:
+        if elapsed >= next_count:
             next_count = elapsed + 0.05
-            if resident_bytes() > request["memory_bytes"]:
+            if resident_bytes(None if kill_all is None else uid) > request["memory_bytes"]:
                 reason = "memory"
+                break
+            if kill_all is not None and written_bytes(request["work"]) > request["disk_bytes"]:
+                reason = "disk"
                 break
         wait = min(request["timeout"] - elapsed, 0.05) if handle is not None else 0.005
         for fd, _ in poller.poll(1000 * wait):
@@ -334,10 +359,8 @@ def monitor(request, uid=None, gid=None, kill_all=None, count_memory=True):
     left = False
     if status is not None:
         for fd in readers:
-            try:
+            with contextlib.suppress(KeyError):  # closed before
                 drain(fd)
-            except KeyError:
-                pass  # closed before
         left = children_left()
     seconds = time.monotonic() - start
     verdict = bytes(list(readers.values())[2])
@@ -386,7 +409,7 @@ def children_left():
 def explain(status, has_nonce, left):
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        return "timeout" if number == signal.SIGXCPU else "killed by signal %d" % number
+        return "timeout" if number == signal.SIGXCPU else f"killed by signal {number}"
     code = os.WEXITSTATUS(status)
     if code in (121, 122):
         return "sandbox"
@@ -427,7 +450,7 @@ def build_root(request, uid, gid):
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     root = next(path for path in ("/sys", "/mnt", "/tmp") if os.path.isdir(path))  # private: nobody else sees it
     paths = python_paths()
-    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=%d,nr_inodes=8192,mode=755" % request["disk_bytes"])
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={request['disk_bytes']},nr_inodes=8192,mode=755")
     for path in [*paths, "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]:
         target = root + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -442,10 +465,9 @@ def build_root(request, uid, gid):
         if not path.startswith("/dev/"):
             make_read_only(target)
     os.mkdir(root + "/proc")
-    try:
+    # Fails in a container that hides parts of its own /proc; everything but the count of memory works without it.
+    with contextlib.suppress(OSError):
         mount("proc", root + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    except OSError:
-        pass  # in a container that hides parts of its own /proc; everything but the count of memory works without
     os.mkdir(root + "/work", 0o700)
     if uid is not None:
         os.chown(root + "/work", uid, gid)
@@ -458,7 +480,7 @@ def build_root(request, uid, gid):
 def run_in_namespaces(request):
     """Fork a process into new namespaces; return its report."""
     if platform.machine() not in ARCHITECTURES:
-        raise Unavailable("not on %s" % platform.machine())
+        raise Unavailable(f"not on {platform.machine()}")
     root = os.geteuid() == 0
     ready, mapped, answer = os.pipe(), os.pipe(), os.pipe()
     setup = os.fork()
@@ -486,7 +508,7 @@ def run_in_namespaces(request):
             build_root(request, uid, gid)
             report = monitor({**request, "work": "/work"}, uid, gid)
         except BaseException as error:
-            report = {"unavailable": "%s: %s" % (type(error).__name__, error)}
+            report = {"unavailable": f"{type(error).__name__}: {error}"}
         data = memoryview(json.dumps(report).encode())
         while data:
             data = data[os.write(answer[1], data) :]
@@ -498,7 +520,7 @@ def run_in_namespaces(request):
             write_maps(setup, root)
             os.write(mapped[1], b"+")
     except OSError as error:
-        sys.stderr.write("%s\n" % error)
+        sys.stderr.write(f"{error}\n")
     os.close(mapped[1])
     with os.fdopen(answer[0]) as file:
         text = file.read()
@@ -510,22 +532,34 @@ def run_in_namespaces(request):
 
 
 def write_maps(pid, root):
-    """As root, 0 inside is 0 outside (the monitor) and 1000 inside is an unprivileged user; else 1000 is the caller."""
+    """As root, 0 inside is 0 outside (the monitor) and 1000 an unprivileged user; else 1000 is the caller."""
     # Root's processes are not counted, so as root a second user is a must: no fallback to a map of one line.
     for name, own in (("uid_map", os.geteuid()), ("gid_map", os.getegid())):
         if not root and name == "gid_map":
-            with open("/proc/%d/setgroups" % pid, "w") as file:
+            with open(f"/proc/{pid}/setgroups", "w") as file:
                 file.write("deny")
         other = 65534 if root else own
-        text = "0 0 1\n1000 %d 1\n" % other if root else "1000 %d 1\n" % own
-        with open("/proc/%d/%s" % (pid, name), "w") as file:
+        text = f"0 0 1\n1000 {other} 1\n" if root else f"1000 {own} 1\n"
+        with open(f"/proc/{pid}/{name}", "w") as file:
             file.write(text)
 
 
 def run_in_bubblewrap(request):
     """The monitor as PID 1 of a bubblewrap sandbox; return its report."""
     command = [request["bwrap"], "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1"]
-    command += ["--clearenv", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
+    command += [
+        "--clearenv",
+        "--uid",
+        "1000",
+        "--gid",
+        "1000",
+        "--cap-drop",
+        "ALL",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+    ]
     paths = python_paths()
     for path in paths:
         if os.path.islink(path) and path.count("/") == 1:
@@ -585,8 +619,18 @@ def run_as_other_user(request):
             if not children_left():
                 return
 
-    # The resident memory of all processes is not this program's: here only the limit of each process holds.
-    return monitor(request, uid, uid, kill_all, count_memory=False)
+    report = monitor(request, uid, uid, kill_all)
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):  # where any user may write
+        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+            try:
+                if entry.stat(follow_symlinks=False).st_uid == uid and entry.path != work:
+                    if entry.is_dir(follow_symlinks=False):
+                        shutil.rmtree(entry.path, ignore_errors=True)
+                    else:
+                        os.unlink(entry.path)
+            except OSError:
+                pass
+    return report
 
 
 KINDS = {"namespaces": run_in_namespaces, "bubblewrap": run_in_bubblewrap, "uid": run_as_other_user}

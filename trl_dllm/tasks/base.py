@@ -98,9 +98,9 @@ def marked_answers(text: str) -> Iterator[str]:
     """
     What `text` marks as its answer, the clearest mark first, stripped and never empty.
 
-    In order: the last closed `<answer>…</answer>`, the last `\\boxed{…}`, the rest of the line of a last box that never
-    closes, what follows a last `<answer>` that never closes, the line behind the last `####`. A box inside an answer is
-    opened. Never raises.
+    In order: the last closed `<answer>…</answer>`, the last `\\boxed{…}`, the rest of the line of a last box that
+    never closes, what follows a last `<answer>` that never closes, the line behind the last `####`. A box inside an
+    answer is opened. Never raises.
     """
     text = without_end_tokens(text)
     tail = text.rsplit("<answer>", 1)[1] if "<answer>" in text else None
@@ -118,7 +118,7 @@ def d1_answer(text: str) -> str:
 
 
 def d1_last_tag(text: str) -> str | None:
-    """The last of the `<answer>…</answer>` that a left-to-right search finds, stripped, as d1 reads it; None if none."""
+    """The last `<answer>…</answer>` that a search from the left finds, stripped, as d1 reads it; None without one."""
     found, start = None, text.find("<answer>")
     while start >= 0:
         end = text.find("</answer>", start)

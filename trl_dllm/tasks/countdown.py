@@ -108,7 +108,7 @@ def load(
     256 of its evaluation (`countdown/test.jsonl` in `data_dir` or TRL_DLLM_DATA; they are not on the Hub), "train" its
     training set on the Hub with three numbers, but the last 500 of its shuffled rows, which are "validation".
 
-    Raises `ValueError` for an unknown split, format or source, for impossible ranges, and where too few problems exist.
+    Raises `ValueError` for an unknown split, format or source, for impossible ranges, and where there are too few.
     """
     check_load_arguments(split, num_examples, prompt_format)
     if not 2 <= num_numbers <= 6:
@@ -194,7 +194,8 @@ def evaluate_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """
     The exact value of an expression and the numbers in it, in order; None where it is not one.
 
-    Integers, + - * / (also × ÷ − · and LaTeX's \\times, \\cdot and \\div), signs and parentheses, and an "= value" after it, which has to be the right one.
+    Integers, + - * / (also × ÷ − · and LaTeX's \\times, \\cdot and \\div), signs and parentheses, and an "= value"
+    after it, which has to be the right one.
     What has more than 256 characters or 32 nested parentheses is not an expression. Never raises.
     """
     text = text.strip()
@@ -295,7 +296,7 @@ def countdown_reward(completions: list, numbers: list[list[int]], target: list[i
 
 
 def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`correct` of one completion; where the row's prompt is a conversation, an answer needs `<answer>` tags or a box."""
+    """`correct` of one completion; where the row's prompt is a conversation, an answer needs tags or a box."""
     answer = parse_answer(text, need_tag=True)
     if answer is None:
         answer = last_boxed(without_end_tokens(text))

@@ -84,9 +84,7 @@ def d1_int_reward(completions: list, **kwargs) -> list[float]:
 
 def d1_correctness_reward(completions: list, answer: list[str], **kwargs) -> list[float]:
     """d1's correctness, 2.0 where the extracted answer is the gold string, character by character; tags not needed."""
-    return [
-        2.0 if d1_answer(text) == gold else 0.0 for text, gold in zip(_texts(completions), answer, strict=True)
-    ]
+    return [2.0 if d1_answer(text) == gold else 0.0 for text, gold in zip(_texts(completions), answer, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ def data_folder(data_dir: str | None) -> Path | None:
     if not name:
         return None
     if not Path(name).is_dir():
-        raise ValueError(f"data_dir={str(name)!r} is not a folder (it comes from the argument or from {DATA_VARIABLE}).")
+        raise ValueError(
+            f"data_dir={str(name)!r} is not a folder (it comes from the argument or from {DATA_VARIABLE})."
+        )
     return Path(name)
 
 
@@ -32,8 +34,7 @@ def read_file(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl or .csv file, either of which may be gzipped."""
     path = Path(path)
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         if suffixes[-1:] == [".csv"]:
             return list(csv.DictReader(file))
         return [json.loads(line) for line in file if line.strip()]

@@ -8,16 +8,17 @@ memory, file size, disk and number of processes; no network; an empty working di
 open files or secrets of the caller; and when it ends, all of its children end. In the kinds "bubblewrap" and
 "namespaces" it sees a file system with Python's own folders, read-only, and nothing else.
 
-What it does not protect from: a bug in the kernel, and a slow machine (programs share the CPU with the caller, and N at
-a time may take N times `memory_bytes`). The kind "uid" (root, where no namespaces can be made, as in many containers)
-sees the whole file system as any user of the machine does. And no sandbox keeps a program from cheating its own tests,
-which share its interpreter: an object that claims to equal everything passes every assertion, and code that digs through
-the interpreter's frames can claim success. What a program prints and how it exits cannot: success is a secret of the
-run, sent on a separate channel after the last line has run.
+What it does not protect from: a bug in the kernel, and a slow machine (programs share the CPU with the caller, and N
+at a time may take N times `memory_bytes`). The kind "uid" (root, where no namespaces can be made, as in many
+containers) sees the whole file system as any user of the machine does, and may fill /tmp. And no sandbox keeps a
+program from cheating its own tests, which share its interpreter: an object that claims to equal everything passes
+every assertion, and code that digs through the interpreter's frames can claim success. What a program prints and how
+it exits cannot: success is a secret of the run, sent on a separate channel after the last line has run.
 
 Nothing here runs unasked: rewards that need it want `allow_code_execution=True` or TRL_DLLM_ALLOW_CODE_EXECUTION=1.
 """
 
+import contextlib
 import difflib
 import functools
 import json
@@ -60,8 +61,8 @@ class ExecutionResult:
     Attributes:
         passed: it ran to its last line, no exception, no early exit, nothing left running.
         reason: "passed", or else "failed" (an exception: see `stderr`), "exited early" (`sys.exit`, whatever the
-            status), "timeout", "memory" (its processes together), "killed by signal N", "left processes" (something
-            was still running at its end) or "sandbox" (it could not be started).
+            status), "timeout", "memory" (its processes together), "disk" (its files together), "killed by signal N",
+            "left processes" (something was still running at its end) or "sandbox" (it could not be started).
         stdout, stderr: what it printed, each up to `output_bytes`.
         seconds: wall-clock time of the program, without the making of the sandbox.
         sandbox: the kind it ran in.
@@ -131,10 +132,8 @@ def _threads_of_user() -> int:
         return 0
     user, total = os.geteuid() or 65534, 0
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):
             total += len(os.listdir(folder / "task")) if folder.stat().st_uid == user else 0
-        except OSError:
-            pass
     return total
 
 
@@ -162,7 +161,7 @@ def run_program(
         timeout: wall-clock seconds; CPU time is limited to about as much for each process.
         memory_bytes: address space of each process, and resident memory of all together.
         file_bytes: the largest file that it can write.
-        disk_bytes: all its files together (not in the kind "uid").
+        disk_bytes: all its files together (in the kind "uid" those in its working directory).
         processes: processes and threads at a time.
         output_bytes: how much of stdout, and of stderr, is kept; the rest is read and dropped.
         sandbox: "auto", or one of `SANDBOXES`.
@@ -322,7 +321,9 @@ def get_provider(name: str | CodeExecutionProvider = "local", **kwargs) -> CodeE
         return name
     if name not in PROVIDERS:
         nearest = difflib.get_close_matches(name, PROVIDERS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown provider {name!r}: did you mean {nearest!r}? Known: {', '.join(sorted(PROVIDERS))}.")
+        raise ValueError(
+            f"unknown provider {name!r}: did you mean {nearest!r}? Known: {', '.join(sorted(PROVIDERS))}."
+        )
     return PROVIDERS[name](**kwargs)
 
 

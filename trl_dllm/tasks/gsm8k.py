@@ -82,7 +82,7 @@ def to_number(text: str | None) -> Fraction | None:
     """
     The last number in an answer, exactly; None without one.
 
-    Takes a sign, a dollar, thousands separated by commas (also LaTeX's), decimals, a/b and `\\frac{a}{b}`. Never raises.
+    Takes a sign, a dollar, commas at thousands (also LaTeX's), decimals, a/b and `\\frac{a}{b}`. Never raises.
     """
     if text is None:
         return None

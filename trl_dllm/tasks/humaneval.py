@@ -40,8 +40,8 @@ def load(
     `entry_point`, `task_id`, `completion` (for SFT: the reference solution; the body alone with
     `prompt_format="text"`). From the Hub, or from `humaneval/HumanEval.jsonl(.gz)` in `data_dir` or TRL_DLLM_DATA.
 
-    Raises `ValueError` for other splits; `allow_test_as_train` is explained at `data.read_rows`. To train on code, take
-    the task "mbpp".
+    Raises `ValueError` for other splits; `allow_test_as_train` is explained at `data.read_rows`. To train on code,
+    take the task "mbpp".
     """
     check_load_arguments(split, num_examples, prompt_format)
     rows = choose(read_rows("humaneval", split, FILES, HUB, data_dir, allow_test_as_train), split, num_examples, seed)
@@ -151,7 +151,7 @@ def humaneval_reward(
 
 
 def code_format_reward(completions: list, **kwargs) -> list[float]:
-    """1.0 where the text has a ``` block (or `<answer>` tags) with Python in it, 0.5 where that is no Python, else 0."""
+    """1.0 for Python in a ``` block (or in `<answer>` tags), 0.5 for a block of something else, 0.0 without one."""
     codes = [extract_code(completion_text(completion)) for completion in completions]
     return [
         0.0 if code is None or not code.strip() else 1.0 if len(code) <= MAX_CODE and parses(code) else 0.5

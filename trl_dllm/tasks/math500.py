@@ -194,7 +194,7 @@ def parse_answer(text: str) -> str | None:
 
 
 def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`correct` of one completion, and `answer`, what was read (None without one). `ImportError` as `is_equivalent`."""
+    """`correct` of one completion, and `answer`, what was read (None without one). Raises as `is_equivalent`."""
     answer = parse_answer(text)
     return {"correct": is_equivalent(answer, row["answer"]), "answer": None if answer is None else answer[:1000]}
 

@@ -109,6 +109,4 @@ def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"correct": fraction == 1.0, "tests_passed": fraction}
 
 
-TASK = Task(
-    name="mbpp", load=load, rewards={"tests": mbpp_reward, "code_format": code_format_reward}, score=score
-)
+TASK = Task(name="mbpp", load=load, rewards={"tests": mbpp_reward, "code_format": code_format_reward}, score=score)

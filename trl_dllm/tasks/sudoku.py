@@ -3,7 +3,7 @@
 Only 288 solved grids exist, so a split by puzzle would put every test solution into the training set. The split here
 is by solution: 200 grids are for training, 24 for validation and 64 for testing, whatever the seed. (Grids of two
 splits may still be each other's relabelling.) d1's 500 test puzzles are no such test: their 229 solutions occur in any
-sizeable training set. SPG's 256 have 88 solutions that SPG does not train on; this training split does train on some of them.
+sizeable training set. SPG's 256 have 88 solutions that SPG does not train on, but this training split has 61 of them.
 """
 
 import functools
@@ -136,8 +136,8 @@ def load(
     With `source="d1"` or "spg" the puzzles are the published test puzzles (`sudoku/d1_test.csv`, `sudoku/spg_test.csv`
     in `data_dir` or TRL_DLLM_DATA), whatever their blanks, and None means all of them; there is only a "test" split.
 
-    Raises `ValueError` for an unknown split, format or source, for blanks outside 1..12, and for more examples than there are
-    puzzles.
+    Raises `ValueError` for an unknown split, format or source, for blanks outside 1..12, and for more examples than
+    there are puzzles.
     """
     check_load_arguments(split, num_examples, prompt_format)
     if not 1 <= min_blanks <= max_blanks <= MAX_BLANKS:

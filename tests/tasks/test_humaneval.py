@@ -1,0 +1,130 @@
+import pytest
+from helpers_tasks import chat, long_texts, messy_text
+from hypothesis import given, settings
+
+from trl_dllm.tasks import execution, get_task
+from trl_dllm.tasks.humaneval import (
+    MAX_CODE,
+    build_program,
+    code_format_reward,
+    extract_code,
+    humaneval_reward,
+    make_reward,
+)
+
+
+TASK = get_task("humaneval")
+ROW = {
+    "code_prompt": "import math\n\n\ndef helper(x):\n    return x\n\n\ndef area(r):\n    '''Area of a disc.'''\n",
+    "test": "def check(candidate):\n    assert abs(candidate(helper(1)) - math.pi) < 1e-9\n",
+    "entry_point": "area",
+}
+COLUMNS = {name: [value] for name, value in ROW.items()}
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    try:
+        return execution.choose_sandbox()
+    except execution.SandboxUnavailable as error:
+        pytest.skip(f"no sandbox on this machine: {error}")
+
+
+def solutions_that_pass(data, **columns):
+    names = ("code_prompt", "test", "entry_point")
+    return sum(humaneval_reward(data["completion"], **{n: data[n] for n in names}, allow_code_execution=True))
+
+
+def test_reference_solutions_pass(data_dir, sandbox):
+    data = TASK.load("test", 20, data_dir=str(data_dir))
+    assert solutions_that_pass(data) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt_format", ["chat", "text"])
+def test_all_reference_solutions_pass(data_dir, sandbox, prompt_format):
+    data = TASK.load("test", prompt_format=prompt_format, data_dir=str(data_dir))
+    assert len(data) == 164 and solutions_that_pass(data) == 164
+
+
+@pytest.mark.parametrize(
+    "text, right",
+    [
+        ("```python\ndef area(r):\n    return math.pi * r * r\n```", 1.0),
+        ("```python\nimport math\ndef area(r):\n    return math.pi * r * r\n```\nThat is it.", 1.0),
+        ("```py\ndef area(r): return 0\n```\nNo:\n```\ndef area(r):\n    return math.pi\n```", 1.0),
+        ("```python\ndef area(r):\n    return math.pi\n", 1.0),  # never closed
+        ("<answer>\n```python\ndef area(r):\n    return math.pi\n```\n</answer>", 1.0),
+        ("<answer>\ndef area(r):\n    return math.pi\n</answer>", 1.0),
+        ("```python\nfrom __future__ import annotations\ndef area(r: X):\n    return math.pi\n```", 1.0),
+        ("    return math.pi * r**2\n", 1.0),  # a body
+        ("    return math.pi * r**2\n\ndef area(r):\n    return 0\n", 0.0),  # whole text with the function: it counts
+        ("    return math.pi * r**2\n\nprint(area(2)) and so on", 1.0),
+        ("```python\ndef other(r):\n    return math.pi\n```", 0.0),
+        ("```python\ndef area(r):\n    return 3\n```", 0.0),
+        ("```python\nimport sys\ndef area(r):\n    sys.exit(0)\n```", 0.0),
+        ("def check(c): pass", 0.0),
+        ("pi times r squared", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_reward(sandbox, text, right):
+    for completion in (text, chat(text)):
+        assert humaneval_reward([completion], **COLUMNS, allow_code_execution=True, prompts=["x"]) == [right]
+
+
+def test_score_and_permission(sandbox, monkeypatch):
+    monkeypatch.delenv(execution.ALLOW_VARIABLE, raising=False)
+    text = "```python\ndef area(r):\n    return math.pi\n```"
+    with pytest.raises(PermissionError, match="allow_code_execution"):
+        TASK.rewards["tests"]([text], **COLUMNS)
+    with pytest.raises(PermissionError):
+        TASK.score(text, ROW)
+    monkeypatch.setenv(execution.ALLOW_VARIABLE, "1")
+    assert TASK.score(text, ROW) == {"correct": True}
+    assert TASK.score("", ROW) == {"correct": False}
+    reward = make_reward()
+    assert reward.__name__ == "humaneval" and reward([text], **COLUMNS, prompts=["x"]) == [1.0]
+
+
+def test_code_format():
+    texts = ["```python\nx = 1\n```", "```python\nx =\n```", "x = 1", "```\n\n```", "<answer>x = 1</answer>"]
+    assert code_format_reward(texts) == [1.0, 0.5, 0.0, 0.0, 1.0]
+
+
+class Nothing:
+    def execute_scripts(self, scripts, languages):
+        return [0.0] * len(scripts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(messy_text)
+def test_any_text(text):
+    code = extract_code(text)
+    assert code is None or code in text
+    assert code_format_reward([text])[0] in (0.0, 0.5, 1.0)
+    assert isinstance(build_program(text, ROW), str)
+    assert humaneval_reward([text], **COLUMNS, allow_code_execution=True, provider=Nothing()) == [0.0]
+
+
+@settings(max_examples=15, deadline=None)
+@given(messy_text)
+def test_any_text_is_run_and_fails(sandbox, text):
+    assert humaneval_reward([text], **COLUMNS, allow_code_execution=True) == [0.0]
+
+
+def test_long_texts_take_no_time():
+    for text in long_texts():
+        program = build_program(text, ROW)
+        assert program is None or len(program) < 2 * MAX_CODE
+        code_format_reward([text])
+
+
+@pytest.mark.parametrize("prompt_format", ["chat", "text"])
+def test_load(data_dir, prompt_format):
+    data = TASK.load("test", 5, prompt_format=prompt_format, data_dir=str(data_dir))
+    assert data["task_id"][0] == "HumanEval/0" and "def has_close_elements" in str(data["prompt"][0])
+    with pytest.raises(ValueError, match=r"train.* does not exist.*allow_test_as_train"):
+        TASK.load("train", 5, data_dir=str(data_dir))
+    with pytest.warns(UserWarning, match="training on its test split"):
+        assert len(TASK.load("train", 5, data_dir=str(data_dir), allow_test_as_train=True)) == 5
