@@ -231,7 +231,7 @@ def print_report(lines: list[LikelihoodLine], title: str, console=None) -> None:
 
     table = Table(title=title)
     table.add_column("estimator", no_wrap=True)
-    for heading in ("log-prob a token", "gap", "D", "L·ε", "KL", "±", "forwards", "MFLOPs"):
+    for heading in ("log-prob", "gap", "D", "L·ε", "KL", "±", "forwards", "MFLOPs"):
         table.add_column(heading, justify="right", no_wrap=True)
 
     def number(value: float | None, digits: int = 3) -> str:
@@ -267,16 +267,22 @@ def plot_report(lines: list[LikelihoodLine], path: str | Path) -> Path:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.35 * len(lines) + 1.5), dpi=150)
     names = [line.name for line in lines]
     left.barh(names, [line.kl for line in lines], xerr=[line.kl_error for line in lines], color="tab:blue")
     left.set(xlabel="KL(exact ‖ estimate), nats a token")
     left.invert_yaxis()
-    right.scatter([line.flops for line in lines], [line.kl for line in lines], color="tab:blue", s=14)
-    for line in lines:
-        right.annotate(line.name, (line.flops, line.kl), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    right.set(xscale="log", xlabel="operations a row (counted)", ylabel="KL, nats a token")
+    cost = [line.flops / 1e9 for line in lines]
+    right.scatter(cost, [line.kl for line in lines], color="tab:blue", s=14)
+    for x, line in zip(cost, lines, strict=True):
+        right.annotate(line.name, (x, line.kl), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    right.set(xscale="log", xlabel="GFLOPs a row (counted)", ylabel="KL, nats a token")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_locator(NullLocator())
+    right.margins(x=0.25)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.tight_layout()

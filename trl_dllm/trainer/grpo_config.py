@@ -55,8 +55,9 @@ class DiffusionGRPOConfig(GRPOConfig):
     > Parameters that control the likelihood
 
     estimator (`str`, *optional*, defaults to `"step_merge"`):
-        Which likelihood the loss is computed from: `"mean_field"` (d1), `"step_merge"` (d2), `"exact_trajectory"`, or
-        `"any_order"` (d2, for any-order decoding).
+        Which likelihood the loss is computed from: `"mean_field"` (d1), `"step_merge"` (d2), `"exact_trajectory"`,
+        `"any_order"` (d2, for any-order decoding), `"pkl"`, `"pkl_u"` or `"pkl_t"` (PADRE), `"elbo"` or
+        `"coupled_elbo"`.
     num_segments (`int`, *optional*):
         N of `"step_merge"`: canvases the trajectory is replayed on. `None` takes 8, or the number of decoding steps if
         that is smaller.
@@ -73,6 +74,11 @@ class DiffusionGRPOConfig(GRPOConfig):
         Tokens that the loss counts: `"eos"`, those up to and including the first EOS, or `"canvas"`, all that were
         revealed.
 
+    > Parameters that control the loss
+
+    loss_type (`str`, *optional*):
+        TRL's, or `"wd1"`: -Σ_i w⁺_i log π(y_i) + Σ_i w⁻_i log π(y_i) over each group, w± = softmax(±A), averaged over
+        groups and divided by the canvas length; no ratio, no reference and no old log-probs.
     ratio_denominator (`str`, *optional*, defaults to `"old"`):
         Policy in the denominator of the importance ratio: `"old"`, the policy that drew the rollouts, or `"ref"`, the
         reference (PADRE Eq. 14 and Algorithm 1 line 8 as printed); the reference is then loaded at `beta=0` too.

@@ -196,6 +196,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 args.beta = beta
             self.beta = beta
         args.check_estimator(self.estimator)
+        # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
+        if args.kl_estimator == "full" and hasattr(unwrap(self.model).get_output_embeddings(), "modules_to_save"):
+            raise ValueError(
+                "kl_estimator='full' applies the model's own output head to the reference's hidden states, and "
+                "peft_config trains a copy of that head. Leave it out of modules_to_save, or set kl_estimator='k3'."
+            )
         if self.loss_type == "wd1":  # carried as advantages
             self.loss_type = "dr_grpo"
 
@@ -347,6 +353,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 outputs[name] = self._scored.pop(0).masked_fill(~rollout.counted[:, None], 0)
         if denominator_is_reference:
             outputs["old_per_token_logps"] = outputs["ref_per_token_logps"]
+        if not self._scores_reference:
+            outputs.pop("ref_per_token_logps", None)
         if self.args.loss_type == "wd1":
             outputs["advantages"] = self._wd1_weights(outputs["advantages"])
             outputs.pop("old_per_token_logps", None)
@@ -366,6 +374,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """Whether the old policy's log-probs take forwards, where TRL asks for them."""
         given = self.args.old_logps == "rollout" or self.args.ratio_denominator == "ref"
         return not given and self.args.loss_type != "wd1"
+
+    @property
+    def _scores_reference(self) -> bool:
+        """Whether the reference's log-probs of the tokens are needed; the full KL runs it beside the policy."""
+        return self.args.kl_estimator == "k3" or self.args.ratio_denominator == "ref"
 
     @property
     def _num_draws(self) -> int:
@@ -409,7 +422,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         if not self.model.training:  # the run's cost is that of training
             return scores
         rows, width = view.input_ids.shape
-        passes = 1
+        passes = 1 + (reference is not None)
         if torch.is_grad_enabled():  # the backward pass, and what it recomputes
             passes += (1 if self._frozen_backbone else 2) + bool(self.args.gradient_checkpointing)
         self._flops["counted"] += passes * self._count_flops(rows, width, width, int(scores.scored.sum()))
@@ -453,7 +466,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         # the real ones in.
         check_estimator(self.estimator, self._rollout, self.spec)
         asked_for_old = self._needs_old and not self._scored
-        if asked_for_old and not self._scores_old:
+        if not (self._scores_old if asked_for_old else self._scores_reference):
             self._scored.append(self._rollout.logps[:, None])
             return input_ids.new_zeros(input_ids.shape[0], logits_to_keep, dtype=torch.float32), None, None
         views = self._num_views(self._rollout)
@@ -644,9 +657,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         tokens = rollout.completion_ids.numel()
         views = self.estimator.num_views(rollout)
         old = self._needs_old and self._scores_old
-        reference = self.beta != 0 or self.args.ratio_denominator == "ref"
+        reference = self._scores_reference and (self.beta != 0 or self.args.ratio_denominator == "ref")
         scored = (old + reference) * self._num_draws * views * 2
-        update = self.num_iterations * views * (4 if self._frozen_backbone else 6)
+        beside = 2 * (self._reference is not None)  # the full KL runs the reference in every update
+        update = self.num_iterations * views * ((4 if self._frozen_backbone else 6) + beside)
         return tokens * self._parameters * (2 * int(rollout.num_steps.max()) + scored + update)
 
     # -------------------------------------------------------------------------------------------------------- model

@@ -1,0 +1,160 @@
+"""Each published GRPO recipe trains: its tiny twin takes ten steps with the recipe's own likelihood and loss.
+
+A twin is the recipe with another model, canvas, data and batch; estimator, loss, KL, clipping, inner iterations,
+advantages, order and schedule of the optimizer stay what they are.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers_grpo import reward, text_prompts, tiny
+from transformers import TrainerCallback
+from trl import get_peft_config
+
+from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm.scripts.grpo import make_parser
+
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "llada_8b" / "grpo"
+FILES = sorted(RECIPES.glob("*.yaml"))
+CANVAS, STEPS = 16, 10
+
+KEPT = (
+    "beta",
+    "epsilon",
+    "epsilon_high",
+    "importance_sampling_level",
+    "kl_estimator",
+    "loss_tokens",
+    "loss_type",
+    "lr_scheduler_type",
+    "num_iterations",
+    "old_logps",
+    "p_mask_prompt",
+    "ratio_denominator",
+    "redraw_views",
+    "remasking",
+    "scale_rewards",
+    "score_temperature",
+    "temperature",
+    "use_bias_correction_kl",
+)
+
+
+def twin(path: Path, folder: Path):
+    """The recipe's arguments, shrunk on the command line as a user would."""
+    recipe = yaml.safe_load(path.read_text())
+    length = recipe["max_completion_length"]
+    steps = CANVAS * recipe["diffusion_steps"] // length
+    block = {1: 1, length: CANVAS}.get(recipe["block_length"], CANVAS // 2)
+    overrides = {
+        "max_completion_length": CANVAS,
+        "block_length": block,
+        "diffusion_steps": steps,
+        "max_steps": STEPS,
+        "num_generations": 4,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "output_dir": folder,
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        "use_cpu": "true",
+        "bf16": "false",
+        "dtype": "float32",
+    }
+    if "num_segments" in recipe:
+        overrides["num_segments"] = max(2, steps * recipe["num_segments"] // recipe["diffusion_steps"])
+    sizes = {"num_positions": 3, "block_size": 5}
+    if "estimator_kwargs" in recipe:
+        kwargs = {key: sizes.get(key, value) for key, value in recipe["estimator_kwargs"].items()}
+        overrides["estimator_kwargs"] = json.dumps(kwargs)
+    if recipe.get("use_peft"):
+        overrides |= {"lora_r": 4, "load_in_4bit": "false", "use_bnb_nested_quant": "false"}
+    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    return make_parser().parse_args_and_config(["--config", str(path), *words]), recipe
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.norms = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        self.norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem.removeprefix("config_"))
+def test_the_tiny_twin_of_a_recipe_trains_ten_steps(tmp_path, path):
+    (_, args, model_args), recipe = twin(path, tmp_path)
+    for key in KEPT:
+        if key in recipe:
+            assert getattr(args, key) == recipe[key], f"{key} is the recipe's"
+    model, tokenizer = tiny(scale=8.0)
+    callback = Gradients()
+    trainer = DiffusionGRPOTrainer(
+        model,
+        reward,
+        args,
+        train_dataset=text_prompts(),
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=[callback],
+    )
+    assert type(trainer.estimator) is type(args.build_estimator())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == len(callback.norms) == STEPS
+    assert all(map(math.isfinite, losses)) and all(map(math.isfinite, callback.norms)), (losses, callback.norms)
+    assert max(callback.norms) > 1e-6, callback.norms
+    assert ("kl" in trainer.state.log_history[0]) == (recipe["beta"] != 0)
+
+
+def test_every_published_method_has_a_recipe():
+    expected = {f"{task}_pkl" for task in ("gsm8k", "math500", "humaneval", "mbpp")}
+    expected |= {f"{task}_step_merge" for task in ("gsm8k", "math500", "countdown", "sudoku")}
+    methods = "pkl_u pkl_t any_order diffu_grpo wd1 coupled_grpo espo gdpo tracerl justgrpo cj_grpo ddpo"
+    expected |= {f"gsm8k_{method}" for method in methods.split()}
+    assert expected <= {path.stem.removeprefix("config_") for path in FILES}
+
+
+def test_padre_recipes_have_the_papers_settings():
+    """App. 9.1: AdamW (0.9, 0.99), 5e-6, cosine, p 0.15, 10k steps."""
+    found = 0
+    for path in FILES:
+        if "_pkl" not in path.stem:
+            continue
+        found += 1
+        args = make_parser().parse_args_and_config(["--config", str(path), "--use_cpu", "true", "--bf16", "false"])[1]
+        assert (args.adam_beta1, args.adam_beta2, args.learning_rate) == (0.9, 0.99, 5e-6)
+        assert (args.lr_scheduler_type, args.p_mask_prompt, args.max_steps) == ("cosine", 0.15, 10000)
+        assert args.kl_estimator == "full" and args.loss_type == "dr_grpo" and not args.stop_at_eos
+    assert found == 6
+
+
+@pytest.mark.parametrize(
+    "task, segments, iterations, canvas, temperature",
+    [
+        ("gsm8k", 8, 12, 256, 0.9),
+        ("math500", 16, 12, 512, 0.9),
+        ("countdown", 16, 8, 128, 0.9),
+        ("sudoku", 16, 8, 128, 0.3),
+    ],
+)
+def test_step_merge_recipes_have_the_papers_settings(task, segments, iterations, canvas, temperature):
+    """d2 Table 5 and App. C.2 (METHODS §4)."""
+    path = RECIPES / f"config_{task}_step_merge.yaml"
+    _, args, model = make_parser().parse_args_and_config(
+        ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
+    )
+    assert (args.num_segments, args.num_iterations) == (segments, iterations)
+    assert (args.max_completion_length, args.diffusion_steps, args.temperature) == (canvas, canvas // 2, temperature)
+    assert (args.learning_rate, args.beta, args.epsilon, args.p_mask_prompt) == (3e-6, 0.04, 0.5, 0.15)
+    assert (args.num_generations, args.scale_rewards, args.loss_type) == (6, "none", "grpo")
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 16 * 6
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.load_in_4bit) == (128, 64, 0.05, True)
