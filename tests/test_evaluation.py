@@ -2,11 +2,20 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 
 from trl_dllm import evaluation
-from trl_dllm.evaluation import GENERATIONS, SUMMARY, evaluate, pass_at_k, tokenize_prompts, wilson_interval
+from trl_dllm.evaluation import (
+    GENERATIONS,
+    SUMMARY,
+    evaluate,
+    pass_at_k,
+    rescore,
+    tokenize_prompts,
+    wilson_interval,
+)
 from trl_dllm.generation import DiffusionGenerationConfig
 from trl_dllm.models import create_tiny_model
 from trl_dllm.tasks import get_task
@@ -127,3 +136,19 @@ def test_prompts_are_tokenized_as_trl_does_it(tiny):
     ids, mask = tokenize_prompts(tokenizer, chat)
     text = tokenizer.apply_chat_template(chat[0], add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(ids[0]) == text
+
+
+@pytest.mark.parametrize(("task", "right", "total"), [("gsm8k", 863, 1130), ("countdown", 50, 256)])
+def test_d1s_parsers_give_d1s_numbers_on_stored_outputs(data_dir, tmp_path, task, right, total):
+    stored = Path(data_dir) / "llada_generations" / f"{task}_256.jsonl"
+    summary = rescore(get_task(task), stored, tmp_path, "d1")
+    assert (summary["correct"], summary["total"]) == (right, total)
+    assert json.loads((tmp_path / SUMMARY).read_text())["correct"] == right
+    default = rescore(get_task(task), stored, tmp_path, "default")
+    assert summary["beside"]["default"]["correct"] == default["correct"]
+    assert summary["beside"]["default"]["differ"] == default["beside"]["d1"]["differ"] > 0
+
+
+def test_an_unknown_parser_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="parser='d2': task 'gsm8k' has default, d1"):
+        rescore(get_task("gsm8k"), "no/such/file", tmp_path, "d2")

@@ -166,7 +166,8 @@ def evaluate(
 def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str = "default") -> dict:
     """Score outputs that were stored before, as JSON lines of `question`, `generations` and `ground_truth`.
 
-    Returns the summary, also written to `output_dir`: `correct` of `total` (blanks, for Sudoku) and the interval.
+    Returns the summary, also written to `output_dir`: `correct` of `total` (blanks, for Sudoku), the interval, and
+    `beside`, what the task's other parsers find in the same outputs.
 
     Raises:
         ValueError: a parser that the task does not have, or a task without a form of stored outputs.
@@ -175,13 +176,29 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
     if task.stored_row is None:
         raise ValueError(f"task={task.name!r} has no form of stored outputs to read.")
     folder.mkdir(parents=True, exist_ok=True)
-    records = []
+    records, columns = [], []
     for number, stored_record in enumerate(_read(Path(stored))):
         row, text = task.stored_row(stored_record), stored_record["generations"]
+        columns.append(row)
         text = text[0] if isinstance(text, list) else text
         records.append({"row": number, "completion": text, **score(text, row)})
     _write(folder / GENERATIONS, records)
     summary = {**summarise(records, 1), "task": task.name, "parser": parser, "from_generations": str(stored)}
+    summary["beside"] = {}
+    for name, other in task.parsers.items():
+        if name == parser:
+            continue
+        rows = [
+            {**other(record["completion"], row), "row": i}
+            for i, (record, row) in enumerate(zip(records, columns, strict=True))
+        ]
+        differ = [i for i, (a, b) in enumerate(zip(records, rows, strict=True)) if a["correct"] != b["correct"]]
+        first = differ[0] if differ else None
+        summary["beside"][name] = {
+            "correct": summarise(rows, 1)["correct"],
+            "differ": len(differ),
+            "first_difference": first,
+        }
     (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 

@@ -116,10 +116,34 @@ def describe(command: str, args, model_args) -> dict:
 
 def dry_run(command: str, args, model_args) -> dict:
     """Print `describe` as a table, and return it."""
+    return _print(command, describe(command, args, model_args))
+
+
+def dry_run_decoding(command: str, name: str, config, rows: int, batch_size: int, dtype: str = "bfloat16") -> dict:
+    """Print what decoding `rows` canvases costs, and return it."""
+    model = read_config(name).get_text_config()
+    parameters = count_parameters(model)
+    size = 4 if dtype == "float32" else 2
+    columns, inside = config.max_new_tokens + 200, 2 * (8 * model.hidden_size + 3 * model.intermediate_size)
+    weights, activations = parameters * size, batch_size * columns * inside + 3 * 64 * model.vocab_size * 4
+    facts = {
+        "model": f"{name} ({parameters / 1e9:.2f} B parameters)",
+        "completions": rows,
+        "canvas": config.max_new_tokens,
+        "decoding steps a completion": config.diffusion_steps,
+        "forwards": -(-rows // batch_size) * config.diffusion_steps,
+        "FLOPs (d2 App. C.2)": float(rows * config.max_new_tokens * config.diffusion_steps * 2 * parameters),
+        "GiB a GPU: weights": weights / 2**30,
+        "GiB a GPU: activations": activations / 2**30,
+        "GiB a GPU: total": (weights + activations) / 2**30,
+    }
+    return _print(command, facts)
+
+
+def _print(command: str, facts: dict) -> dict:
     from rich.console import Console
     from rich.table import Table
 
-    facts = describe(command, args, model_args)
     table = Table(title=f"trl-dllm {command}: dry run, no weights loaded", show_header=False)
     for name, value in facts.items():
         shown = f"{value:.3g}" if isinstance(value, float) and value >= 1e6 else value

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from trl_dllm.evaluation import evaluate, rescore
+from trl_dllm.reports.dry_run import dry_run_decoding
 from trl_dllm.scripts.generate import add_generation_arguments, generation_config, load_model
 from trl_dllm.tasks import TASKS, get_task
 
@@ -46,6 +47,12 @@ def main(args: argparse.Namespace) -> dict:
     if args.from_generations:
         summary = rescore(task, args.from_generations, folder, args.parser)
         _print(task.name, summary, folder)
+        for name, beside in summary["beside"].items():
+            print(
+                f"  the {name} parser: {beside['correct']} of {summary['total']}; {beside['differ']} answers differ",
+                end="",
+            )
+            print(f", the first in row {beside['first_difference']}" if beside["differ"] else "")
         return summary
     if not args.model_name_or_path:
         raise ValueError("Name a model with --model_name_or_path, or stored outputs with --from_generations.")
@@ -60,6 +67,11 @@ def main(args: argparse.Namespace) -> dict:
     generated = args.task in ("sudoku", "countdown")
     examples = args.num_examples or (256 if generated else None)
     dataset = task.load(args.split, examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs)
+    if args.dry_run:
+        rows = len(dataset) * args.num_samples
+        for config in configs.values():
+            facts = dry_run_decoding("eval", args.model_name_or_path, config, rows, args.batch_size, args.dtype)
+        return facts
     model, tokenizer = load_model(args)
     for path, config in configs.items():
         summary = evaluate(

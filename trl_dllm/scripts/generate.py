@@ -8,6 +8,7 @@ import argparse
 from trl_dllm.generation import DiffusionGenerationConfig, generate
 from trl_dllm.generation.config import CACHES
 from trl_dllm.generation.order import MEASURES
+from trl_dllm.reports.dry_run import dry_run_decoding
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, model_required: bool = True) -> None:
@@ -35,6 +36,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, model_required: bo
     )
     parser.add_argument("--cache", choices=["exact"], help="Key/value cache of any-order decoding; default: none.")
     parser.add_argument("--cfg_scale", type=float, default=0.0, help="Classifier-free guidance.")
+    parser.add_argument("--dry_run", action="store_true", help="Load no weights: print what decoding would cost.")
     parser.add_argument("--batch_size", type=int, default=32, help="Rows decoded at a time.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (and of generated data).")
 
@@ -90,6 +92,9 @@ def main(args: argparse.Namespace) -> list[str]:
     from trl_dllm.noise import Purpose, hash64
 
     config = generation_config(args)
+    if args.dry_run:
+        dry_run_decoding("generate", args.model_name_or_path, config, len(args.prompt), args.batch_size, args.dtype)
+        return []
     model, tokenizer = load_model(args)
     prompts = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in args.prompt]
     ids, mask = tokenize_prompts(tokenizer, prompts)
