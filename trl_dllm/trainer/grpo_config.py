@@ -1,7 +1,7 @@
 """Settings of `DiffusionGRPOTrainer`: TRL's, and what a diffusion model adds."""
 
 import inspect
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -9,11 +9,12 @@ from trl import GRPOConfig
 
 from ..generation import DiffusionGenerationConfig, resolve_schedule
 from ..likelihood import ESTIMATORS, Estimator
+from .stock import Refused, refuse, take_over
 
 
 # TRL options that a diffusion sampler would silently ignore, or that bypass it: field -> (accepted values, why and
 # what instead).
-_REFUSED: dict[str, tuple[tuple, str]] = {
+_REFUSED: Refused = {
     "use_vllm": ((False,), "vLLM samples autoregressively; completions are drawn by masked diffusion decoding"),
     "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
     "use_transformers_paged": ((False,), "it samples autoregressively; leave it off"),
@@ -232,9 +233,7 @@ class DiffusionGRPOConfig(GRPOConfig):
         Raises:
             ValueError: naming the field, its value and what would be right.
         """
-        for name, (accepted, why) in _REFUSED.items():
-            if getattr(self, name, accepted[0]) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} does not apply to a diffusion model: {why}.")
+        refuse(self, _REFUSED, "a diffusion model")
         if not 0 <= self.p_mask_prompt < 1:
             raise ValueError(f"p_mask_prompt={self.p_mask_prompt} must be in [0, 1); the papers use 0.15.")
         if self.loss_tokens not in ("eos", "canvas"):
@@ -377,13 +376,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     @classmethod
     def from_stock(cls, args: GRPOConfig) -> "DiffusionGRPOConfig":
         """A stock GRPOConfig with the diffusion fields at their defaults."""
-        # Not rebuilt from its fields: TRL's __post_init__ has resolved some of them and would refuse its own result.
-        config = object.__new__(cls)
-        config.__dict__.update(args.__dict__)
-        stock = {f.name for f in fields(GRPOConfig)}
-        for f in fields(cls):
-            if f.name not in stock:
-                setattr(config, f.name, f.default)
+        config = take_over(cls, GRPOConfig, args)
         config.disable_dropout = True
         config.validate()
         return config

@@ -1,13 +1,15 @@
 """Settings of `DiffusionSFTTrainer`: TRL's, and what a diffusion model adds."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from .stock import Refused, refuse, take_over
+
 
 # TRL options that the diffusion loss would ignore or that contradict it: field -> (accepted values, reason).
-_REFUSED: dict[str, tuple[tuple, str]] = {
+_REFUSED: Refused = {
     "packing": ((False,), "packed rows would attend to each other, as attention has no direction; turn it off"),
     "eval_packing": ((None, False), "packed rows would attend to each other; leave it unset"),
     "padding_free": ((False,), "flattened rows would attend to each other; turn it off"),
@@ -101,9 +103,7 @@ class DiffusionSFTConfig(SFTConfig):
         Raises:
             ValueError: naming the field, its value and what would be right.
         """
-        for name, (accepted, why) in _REFUSED.items():
-            if getattr(self, name, accepted[0]) not in accepted:
-                raise ValueError(f"{name}={getattr(self, name)!r} does not apply to diffusion SFT: {why}.")
+        refuse(self, _REFUSED, "diffusion SFT")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
@@ -132,12 +132,6 @@ class DiffusionSFTConfig(SFTConfig):
     @classmethod
     def from_stock(cls, args: SFTConfig) -> "DiffusionSFTConfig":
         """A stock SFTConfig with the diffusion fields at their defaults."""
-        # Not rebuilt from its fields: TRL's __post_init__ has resolved some of them and would refuse its own result.
-        config = object.__new__(cls)
-        config.__dict__.update(args.__dict__)
-        stock = {f.name for f in fields(SFTConfig)}
-        for f in fields(cls):
-            if f.name not in stock:
-                setattr(config, f.name, f.default)
+        config = take_over(cls, SFTConfig, args)
         config.validate()
         return config
