@@ -91,7 +91,7 @@ def draw(results: dict[int, dict], path: Path) -> None:
         xlim=(0, None),
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
