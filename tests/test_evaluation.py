@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,3 +155,19 @@ def test_d1s_parsers_give_d1s_numbers_on_stored_outputs(data_dir, tmp_path, task
 def test_an_unknown_parser_is_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match="parser='d2': task 'gsm8k' has default, d1"):
         rescore(get_task("gsm8k"), "no/such/file", tmp_path, "d2")
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(tiny, tmp_path):
+    for part in tiny:
+        part.save_pretrained(tmp_path / "tiny")
+    script = Path(evaluation.__file__).parent / "scripts" / "eval.py"
+    argv = [str(script), "--task", "sudoku", "--num_examples", "24", "--batch_size", "5", "--max_new_tokens", "16"]
+    argv += ["--model_name_or_path", str(tmp_path / "tiny"), "--temperature", "1.0", "--output_dir"]
+    for processes in ("1", "2"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        subprocess.run(
+            [*launch, *argv, str(tmp_path / processes)], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        )
+    assert (tmp_path / "1" / GENERATIONS).read_text() == (tmp_path / "2" / GENERATIONS).read_text()
+    assert not (tmp_path / "2" / "parts").exists()

@@ -109,7 +109,8 @@ def evaluate(
     from accelerate import PartialState
     from tqdm import tqdm
 
-    state, folder = PartialState(), Path(output_dir)
+    # On a CPU accelerate joins the processes of a launch only if it is told that there is no GPU.
+    state, folder = PartialState(cpu=not torch.cuda.is_available()), Path(output_dir)
     score = _parser(task, parser)
     settings = {
         **(settings or {}),
