@@ -14,6 +14,7 @@ import torch
 from .generation import DiffusionGenerationConfig, generate
 from .models import MaskedDiffusionSpec
 from .noise import Purpose, hash64
+from .rollout import Rollout
 from .tasks import Task
 
 
@@ -68,6 +69,26 @@ def tokenize_prompts(tokenizer, prompts: list, prefill: str = "") -> tuple[torch
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], dtype=torch.int64)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.bool)
     return ids.view(len(rows), width), mask.view(len(rows), width)
+
+
+def complete(
+    model,
+    tokenizer,
+    prompts: list,
+    config: DiffusionGenerationConfig,
+    seeds: torch.Tensor,
+    prefill: str = "",
+    **kwargs,
+) -> tuple[list[str], Rollout]:
+    """Complete text or conversational prompts: texts up to the first EOS, and the rollout that they come from.
+
+    `seeds` (B,) are the rows' own; `kwargs` go to `generate`.
+    """
+    device = next(model.parameters()).device
+    ids, mask = tokenize_prompts(tokenizer, prompts, prefill)
+    rollout = generate(model, ids.to(device), mask.to(device), config, seeds.to(device), **kwargs)
+    completions = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
+    return tokenizer.batch_decode(completions, skip_special_tokens=True), rollout
 
 
 def evaluate(
@@ -127,7 +148,6 @@ def evaluate(
         _open(folder, settings)
     state.wait_for_everyone()
     start, spec = time.time(), MaskedDiffusionSpec.from_model(model, tokenizer)
-    device = next(model.parameters()).device
     draws = [(row, sample) for row in range(len(dataset)) for sample in range(num_samples)]
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
     todo = [] if (folder / GENERATIONS).exists() else range(state.process_index, len(batches), state.num_processes)
@@ -137,12 +157,9 @@ def evaluate(
         if part.exists():
             continue
         rows = [dataset[row] for row, _ in batches[number]]
-        ids, mask = tokenize_prompts(tokenizer, [row["prompt"] for row in rows], prefill)
-        keys = torch.tensor(batches[number], device=device)
+        keys = torch.tensor(batches[number])
         seeds = hash64(seed, Purpose.EVALUATION, keys[:, 0], keys[:, 1])
-        rollout = generate(model, ids.to(device), mask.to(device), config, seeds, spec)
-        completions = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
-        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        texts, rollout = complete(model, tokenizer, [row["prompt"] for row in rows], config, seeds, prefill, spec=spec)
         lines = []
         for (row, sample), columns, text, steps in zip(batches[number], rows, texts, rollout.num_steps, strict=True):
             record = {"row": row, "sample": sample, "prompt": columns["prompt"], "completion": prefill + text}

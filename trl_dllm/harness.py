@@ -13,7 +13,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from .evaluation import tokenize_prompts
+from .evaluation import complete
 from .generation import DiffusionGenerationConfig, generate
 from .likelihood import Elbo, token_logps
 from .models import MaskedDiffusionSpec
@@ -102,13 +102,10 @@ class DiffusionLM(LM):
                 if requests[i].args[1].get("max_gen_toks", self.max_new_tokens) == canvas
             ]
             order = order[len(batch) :]
-            ids, mask = tokenize_prompts(self.tokenizer, [requests[i].args[0] for i in batch])
-            seeds = hash64(self.seed, Purpose.EVALUATION, torch.tensor(batch, device=self._device))
-            rollout = generate(
-                self.model, ids.to(self._device), mask.to(self._device), self._config(canvas), seeds, self.spec
-            )
-            kept = [row[keep] for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
-            for i, text in zip(batch, self.tokenizer.batch_decode(kept, skip_special_tokens=True), strict=True):
+            seeds = hash64(self.seed, Purpose.EVALUATION, torch.tensor(batch))
+            contexts = [requests[i].args[0] for i in batch]
+            texts, _ = complete(self.model, self.tokenizer, contexts, self._config(canvas), seeds, spec=self.spec)
+            for i, text in zip(batch, texts, strict=True):
                 until = requests[i].args[1].get("until") or []
                 for stop in [until] if isinstance(until, str) else until:
                     text = text.split(stop)[0] if stop else text

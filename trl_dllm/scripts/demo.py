@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
-from trl_dllm.evaluation import tokenize_prompts
-from trl_dllm.generation import DiffusionGenerationConfig, generate
+from trl_dllm.evaluation import complete
+from trl_dllm.generation import DiffusionGenerationConfig
 from trl_dllm.noise import Purpose, hash64
 from trl_dllm.reports.plots import plot_reward
 from trl_dllm.scripts import eval as evaluation
@@ -46,11 +46,8 @@ class StopAtSolveRate(TrainerCallback):
         return control
 
     def solve_rate(self, model) -> float:
-        ids, mask = tokenize_prompts(self.tokenizer, list(self.puzzles["prompt"]))
-        seeds = hash64(Purpose.EVALUATION, torch.arange(len(ids)))
-        rollout = generate(model, ids, mask, self.config, seeds)
-        completions = [row[keep] for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
-        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        seeds = hash64(Purpose.EVALUATION, torch.arange(len(self.puzzles)))
+        texts, _ = complete(model, self.tokenizer, list(self.puzzles["prompt"]), self.config, seeds)
         scores = [self.task.score(text, row)["correct"] for text, row in zip(texts, self.puzzles, strict=True)]
         return sum(scores) / len(scores)
 

@@ -5,7 +5,7 @@ trl-dllm generate --model_name_or_path runs/demo/grpo --max_new_tokens 16 --prom
 
 import argparse
 
-from trl_dllm.generation import DiffusionGenerationConfig, generate
+from trl_dllm.generation import DiffusionGenerationConfig
 from trl_dllm.generation.config import CACHES
 from trl_dllm.generation.order import MEASURES
 from trl_dllm.reports.dry_run import dry_run_decoding
@@ -88,7 +88,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> list[str]:
     import torch
 
-    from trl_dllm.evaluation import tokenize_prompts
+    from trl_dllm.evaluation import complete
     from trl_dllm.noise import Purpose, hash64
 
     config = generation_config(args)
@@ -97,13 +97,8 @@ def main(args: argparse.Namespace) -> list[str]:
         return []
     model, tokenizer = load_model(args)
     prompts = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in args.prompt]
-    ids, mask = tokenize_prompts(tokenizer, prompts)
     seeds = hash64(args.seed, Purpose.EVALUATION, torch.arange(len(prompts)))
-    rollout = generate(
-        model, ids.to(model.device), mask.to(model.device), config, seeds.to(model.device), batch_size=args.batch_size
-    )
-    completions = [row[keep] for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    texts, _ = complete(model, tokenizer, prompts, config, seeds, batch_size=args.batch_size)
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(f"{prompt}{text}")
     return texts
