@@ -840,8 +840,8 @@ def test_sft_orders_are_uniform_within_a_block_and_ignore_prompt_and_padding():
     seeds = row_seeds(0, 0, 0, 0, torch.arange(rows))
     narrow, _ = sft_view((0, 6, 0), 3, rows, seeds)
     wide, _ = sft_view((3, 6, 4), 3, rows, seeds)
-    rank = narrow.attention.query[:, 6:]  # a mask sees the levels of the ranks below its own
-    assert torch.equal(rank, wide.attention.query[:, 13:])
+    rank = narrow.attention.reach[:, 6:]  # a mask sees the levels of the ranks below its own
+    assert torch.equal(rank, wide.attention.reach[:, 13:])
     assert torch.equal(rank[:, :3].sort(dim=1).values, torch.arange(3).expand(rows, -1))
     assert torch.equal(rank[:, 3:].sort(dim=1).values, torch.arange(3, 6).expand(rows, -1))
     _, counts = rank.unique(dim=0, return_counts=True)
@@ -861,7 +861,7 @@ def test_sft_draws_change_with_the_step_and_the_row(tmp_path):
     view = any_order_view(
         same["input_ids"], same["attention_mask"], same["labels"] != -100, run._seeds(same), run.spec, run.args
     )
-    assert len(view.attention.query.unique(dim=0)) == 4
+    assert len(view.attention.reach.unique(dim=0)) == 4
 
 
 @pytest.mark.parametrize(

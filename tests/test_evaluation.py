@@ -148,8 +148,8 @@ def test_d1s_parsers_give_d1s_numbers_on_stored_outputs(data_dir, tmp_path, task
     assert (summary["correct"], summary["total"]) == (right, total)
     assert json.loads((tmp_path / SUMMARY).read_text())["correct"] == right
     default = rescore(get_task(task), stored, tmp_path, "default")
-    assert summary["beside"]["default"]["correct"] == default["correct"]
-    assert summary["beside"]["default"]["differ"] == default["beside"]["d1"]["differ"] > 0
+    assert summary["other_parsers"]["default"]["correct"] == default["correct"]
+    assert summary["other_parsers"]["default"]["differ"] == default["other_parsers"]["d1"]["differ"] > 0
 
 
 def test_an_unknown_parser_is_refused_before_anything_is_read(tmp_path):

@@ -151,8 +151,8 @@ def test_identity_1_equal_view_tensors_and_bits(models, family):
     views = [estimator.view(rollout, 0, rollout.view_seed, 0) for estimator in (StepMerge(1), MeanField())]
     for name in ("input_ids", "position_ids", "targets", "index", "weight"):
         assert torch.equal(getattr(views[0], name), getattr(views[1], name)), name
-    assert torch.equal(views[0].attention.key, views[1].attention.key)
-    assert views[0].attention.query is None and views[1].attention.query is None
+    assert torch.equal(views[0].attention.level, views[1].attention.level)
+    assert views[0].attention.reach is None and views[1].attention.reach is None
     assert StepMerge(1).num_views(rollout) == MeanField().num_views(rollout) == 1
     with torch.no_grad():
         one, field = (token_logps(model, rollout, estimator) for estimator in (StepMerge(1), MeanField()))
@@ -176,7 +176,7 @@ def test_identity_1_views_as_written():
     assert view.targets.tolist() == [[-100, -100, -100, 10, -100, 12, -100], [-100] * 6 + [23]]
     assert view.position_ids.tolist() == [[0, 0, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]]
     assert view.index[:, 3:].tolist() == [[0, 1, 2, 3]] * 2
-    assert (view.attention.key == 0).tolist() == [[False, False] + [True] * 5, [True] * 7]
+    assert (view.attention.level == 0).tolist() == [[False, False] + [True] * 5, [True] * 7]
     assert view.weight[:, 3:].eq(1).all()
 
 

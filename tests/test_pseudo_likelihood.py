@@ -213,7 +213,7 @@ def test_identity_1_pkl_u_of_the_whole_canvas_is_the_mean_field(models, family):
     for other in views[1:]:
         for name in ("input_ids", "position_ids", "targets", "index", "weight"):
             assert torch.equal(getattr(views[0], name), getattr(other, name)), name
-        assert torch.equal(views[0].attention.key, other.attention.key) and other.attention.query is None
+        assert torch.equal(views[0].attention.level, other.attention.level) and other.attention.reach is None
     with torch.no_grad():
         scores = [token_logps(models(family, torch.float32), rollout, estimator) for estimator in trio]
     for other in scores[1:]:

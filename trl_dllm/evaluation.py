@@ -185,7 +185,7 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
     """Score outputs that were stored before, as JSON lines of `question`, `generations` and `ground_truth`.
 
     Returns the summary, also written to `output_dir`: `correct` of `total` (blanks, for Sudoku), the interval, and
-    `beside`, what the task's other parsers find in the same outputs.
+    `other_parsers`, what the task's other parsers find in the same outputs.
 
     Raises:
         ValueError: a parser that the task does not have, or a task without a form of stored outputs.
@@ -202,7 +202,7 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
         records.append({"row": number, "completion": text, **score(text, row)})
     _write(folder / GENERATIONS, records)
     summary = {**summarise(records, 1), "task": task.name, "parser": parser, "from_generations": str(stored)}
-    summary["beside"] = {}
+    summary["other_parsers"] = {}
     for name, other in task.parsers.items():
         if name == parser:
             continue
@@ -212,7 +212,7 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
         ]
         differ = [i for i, (a, b) in enumerate(zip(records, rows, strict=True)) if a["correct"] != b["correct"]]
         first = differ[0] if differ else None
-        summary["beside"][name] = {
+        summary["other_parsers"][name] = {
             "correct": summarise(rows, 1)["correct"],
             "differ": len(differ),
             "first_difference": first,

@@ -77,11 +77,11 @@ class DiffusionLM(LM):
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
         )
 
-    def _config(self, canvas: int) -> DiffusionGenerationConfig:
-        same = canvas == self.max_new_tokens
+    def _config(self, canvas_length: int) -> DiffusionGenerationConfig:
+        same = canvas_length == self.max_new_tokens
         return DiffusionGenerationConfig(
-            max_new_tokens=canvas,
-            block_length=self.block_length if canvas % (self.block_length or 1) == 0 else None,
+            max_new_tokens=canvas_length,
+            block_length=self.block_length if canvas_length % (self.block_length or 1) == 0 else None,
             diffusion_steps=self.diffusion_steps if same else None,
             temperature=self.temperature,
             remasking=self.remasking,
@@ -95,16 +95,18 @@ class DiffusionLM(LM):
         )
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until")
         while order:
-            canvas = requests[order[0]].args[1].get("max_gen_toks", self.max_new_tokens)
+            canvas_length = requests[order[0]].args[1].get("max_gen_toks", self.max_new_tokens)
             batch = [
                 i
                 for i in order[: self.batch_size]
-                if requests[i].args[1].get("max_gen_toks", self.max_new_tokens) == canvas
+                if requests[i].args[1].get("max_gen_toks", self.max_new_tokens) == canvas_length
             ]
             order = order[len(batch) :]
             seeds = hash64(self.seed, Purpose.EVALUATION, torch.tensor(batch))
             contexts = [requests[i].args[0] for i in batch]
-            texts, _ = complete(self.model, self.tokenizer, contexts, self._config(canvas), seeds, spec=self.spec)
+            texts, _ = complete(
+                self.model, self.tokenizer, contexts, self._config(canvas_length), seeds, spec=self.spec
+            )
             for i, text in zip(batch, texts, strict=True):
                 until = requests[i].args[1].get("until") or []
                 for stop in [until] if isinstance(until, str) else until:

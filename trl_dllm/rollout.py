@@ -46,11 +46,13 @@ class Rollout:
     def __post_init__(self):
         object.__setattr__(self, "prompt_mask", self.prompt_mask.bool())
         object.__setattr__(self, "counted", self.counted.bool())
-        rows, canvas = self.completion_ids.shape
+        rows, canvas_length = self.completion_ids.shape
         for name in _CANVAS_FIELDS:
             shape = tuple(getattr(self, name).shape)
-            if shape != (rows, canvas):
-                raise ValueError(f"Rollout.{name} has shape {shape}; it must be {(rows, canvas)} like completion_ids.")
+            if shape != (rows, canvas_length):
+                raise ValueError(
+                    f"Rollout.{name} has shape {shape}; it must be {(rows, canvas_length)} like completion_ids."
+                )
         if self.prompt_ids.shape != self.prompt_mask.shape or self.prompt_ids.shape[0] != rows:
             raise ValueError(
                 f"Rollout.prompt_ids {tuple(self.prompt_ids.shape)} and prompt_mask {tuple(self.prompt_mask.shape)} "

@@ -12,17 +12,17 @@ def random_pattern(rows=3, size=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     key = torch.randint(0, 5, (rows, size), generator=generator)
     key = key.masked_fill(torch.rand(rows, size, generator=generator) < 0.3, NEVER)
-    return Attention(key=key, query=torch.randint(-1, 6, (rows, size), generator=generator))
+    return Attention(level=key, reach=torch.randint(-1, 6, (rows, size), generator=generator))
 
 
 def slow_rule(attention: Attention) -> list:
-    rows, size = attention.key.shape
+    rows, size = attention.level.shape
     out = []
     for b in range(rows):
         table = []
         for q in range(size):
-            level = 0 if attention.query is None else attention.query[b, q].item()
-            table.append([attention.key[b, k].item() <= level or q == k for k in range(size)])
+            level = 0 if attention.reach is None else attention.reach[b, q].item()
+            table.append([attention.level[b, k].item() <= level or q == k for k in range(size)])
         out.append(table)
     return out
 
@@ -38,7 +38,7 @@ def test_rule_equals_loops(seed):
 def test_padding_pattern_equals_loops_and_is_a_2d_mask_everywhere():
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])
     attention = Attention.padding(mask)
-    assert attention.query is None and attention[0:1].query is None
+    assert attention.reach is None and attention[0:1].reach is None
     assert attention.allowed().tolist() == slow_rule(attention)
     expected = [[[bool(mask[b, k]) or q == k for k in range(4)] for q in range(4)] for b in range(3)]
     assert attention.allowed().tolist() == expected
@@ -48,7 +48,7 @@ def test_padding_pattern_equals_loops_and_is_a_2d_mask_everywhere():
 
 def test_no_row_is_empty():
     """An empty softmax is NaN: a row that sees nothing sees itself."""
-    attention = Attention(key=torch.full((1, 4), NEVER), query=torch.full((1, 4), -1))
+    attention = Attention(level=torch.full((1, 4), NEVER), reach=torch.full((1, 4), -1))
     assert torch.equal(attention.allowed()[0], torch.eye(4, dtype=torch.bool))
 
 
@@ -84,8 +84,8 @@ def dense_reference(model, ids, positions, allowed):
 def check_backend(models, family, implementation, size=10):
     attention = random_pattern(size=size)
     generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(4, 101, attention.key.shape, generator=generator)
-    positions = torch.randint(0, size // 2, attention.key.shape, generator=generator)  # repeated, in no order
+    ids = torch.randint(4, 101, attention.level.shape, generator=generator)
+    positions = torch.randint(0, size // 2, attention.level.shape, generator=generator)  # repeated, in no order
     with torch.no_grad():
         want = dense_reference(models(family, torch.float32, "eager"), ids, positions, slow_rule(attention))
         model = models(family, torch.float32, implementation)

@@ -26,8 +26,8 @@ class AnyOrderDecoding(Denoising):
         sees = level.masked_fill(step < 0, NEVER - 1)
         prompt = torch.zeros_like(self.prompt_ids[rows])
         return Attention(
-            key=torch.cat([prompt.masked_fill(~self.prompt_mask[rows], NEVER), level], dim=1),
-            query=torch.cat([prompt, sees], dim=1),
+            level=torch.cat([prompt.masked_fill(~self.prompt_mask[rows], NEVER), level], dim=1),
+            reach=torch.cat([prompt, sees], dim=1),
         )
 
 

@@ -54,9 +54,9 @@ class DiffusionGenerationConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self):
-        canvas = self.max_new_tokens
-        if canvas < 1:
-            raise ValueError(f"max_new_tokens={canvas} must be at least 1.")
+        canvas_length = self.max_new_tokens
+        if canvas_length < 1:
+            raise ValueError(f"max_new_tokens={canvas_length} must be at least 1.")
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy).")
         if self.remasking not in MEASURES:
@@ -80,7 +80,11 @@ class DiffusionGenerationConfig:
         if isinstance(self.eos_token_ids, int):
             self.eos_token_ids = (self.eos_token_ids,)
         self.block_length, self.diffusion_steps = resolve_schedule(
-            canvas, self.block_length, self.diffusion_steps, self.tokens_per_step, self.confidence_threshold is None
+            canvas_length,
+            self.block_length,
+            self.diffusion_steps,
+            self.tokens_per_step,
+            self.confidence_threshold is None,
         )
 
     @property
@@ -101,7 +105,7 @@ class DiffusionGenerationConfig:
 
 
 def resolve_schedule(
-    canvas: int,
+    canvas_length: int,
     block_length: int | None,
     diffusion_steps: int | None,
     tokens_per_step: int | None,
@@ -110,11 +114,11 @@ def resolve_schedule(
 ) -> tuple[int, int]:
     """Fill in block length and steps, and check that everything divides; returns `(block_length, diffusion_steps)`."""
     if block_length is None:
-        block_length = max(size for size in range(1, min(32, canvas) + 1) if canvas % size == 0)
-    elif block_length < 1 or canvas % block_length:
+        block_length = _largest_divisor(canvas_length, 32)
+    elif block_length < 1 or canvas_length % block_length:
         raise ValueError(
-            f"block_length={block_length} does not divide {canvas_name}={canvas}; choose a divisor of {canvas}, e.g. "
-            f"{max(size for size in range(1, min(max(block_length, 1), canvas) + 1) if canvas % size == 0)}."
+            f"block_length={block_length} does not divide {canvas_name}={canvas_length}; choose a divisor of "
+            f"{canvas_length}, e.g. {_largest_divisor(canvas_length, block_length)}."
         )
     if tokens_per_step is not None:
         if diffusion_steps is not None:
@@ -127,14 +131,19 @@ def resolve_schedule(
                 f"tokens_per_step={tokens_per_step} does not divide block_length={block_length}; choose a divisor of "
                 f"{block_length}."
             )
-        return block_length, canvas // tokens_per_step
-    blocks = canvas // block_length
+        return block_length, canvas_length // tokens_per_step
+    blocks = canvas_length // block_length
     if diffusion_steps is None:
         # Half the canvas, rounded so that each block gets the same number of steps.
         return block_length, blocks * max(1, block_length // 2)
-    if even_schedule and (diffusion_steps % blocks or not blocks <= diffusion_steps <= canvas):
+    if even_schedule and (diffusion_steps % blocks or not blocks <= diffusion_steps <= canvas_length):
         raise ValueError(
             f"diffusion_steps={diffusion_steps} cannot be spread evenly over {blocks} blocks of {block_length} "
-            f"({canvas_name}={canvas}); choose a multiple of {blocks} between {blocks} and {canvas}."
+            f"({canvas_name}={canvas_length}); choose a multiple of {blocks} between {blocks} and {canvas_length}."
         )
     return block_length, diffusion_steps
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` up to `limit`, at least 1."""
+    return max(size for size in range(1, max(1, min(number, limit)) + 1) if number % size == 0)

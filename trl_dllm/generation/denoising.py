@@ -31,11 +31,11 @@ class Denoising:
         self.model, self.config, self.spec, self.seeds = model, config, spec, seeds
         self.prompt_ids, self.prompt_mask = prompt_ids, prompt_mask
         self.eos = config.eos_token_ids if config.eos_token_ids is not None else default_eos(model)
-        rows, canvas, device = prompt_ids.shape[0], config.max_new_tokens, prompt_ids.device
-        self.tokens = torch.full((rows, canvas), spec.mask_token_id, dtype=torch.int64, device=device)
-        self.unmask_step = torch.full((rows, canvas), -1, dtype=torch.int64, device=device)
+        rows, canvas_length, device = prompt_ids.shape[0], config.max_new_tokens, prompt_ids.device
+        self.tokens = torch.full((rows, canvas_length), spec.mask_token_id, dtype=torch.int64, device=device)
+        self.unmask_step = torch.full((rows, canvas_length), -1, dtype=torch.int64, device=device)
         self.logps = torch.zeros(
-            rows, canvas, dtype=torch.promote_types(unwrap(model).dtype, torch.float32), device=device
+            rows, canvas_length, dtype=torch.promote_types(unwrap(model).dtype, torch.float32), device=device
         )
         self.block = torch.zeros(rows, dtype=torch.int64, device=device)  # the row's current block
         self.taken = torch.zeros(rows, dtype=torch.int64, device=device)  # steps taken by the row
@@ -43,7 +43,7 @@ class Denoising:
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
         self.schedule = torch.tensor(config.schedule if config.confidence_threshold is None else [1], device=device)
         prompt_length = prompt_mask.sum(dim=1, keepdim=True)
-        canvas_position = prompt_length + torch.arange(canvas, device=device)
+        canvas_position = prompt_length + torch.arange(canvas_length, device=device)
         self.position_ids = torch.cat([(prompt_mask.long().cumsum(1) - 1).clamp(min=0), canvas_position], dim=1)
         self.valid = torch.cat([prompt_mask, torch.ones_like(self.tokens, dtype=torch.bool)], dim=1)
         self.count_flops = ForwardFlops(model)
@@ -104,7 +104,7 @@ class Denoising:
             # The unconditional twin of each row has its prompt masked, as in LLaDA; both are reduced together.
             masked = prompt.masked_fill(self.prompt_mask[rows], spec.mask_token_id)
             ids = torch.cat([ids, torch.cat([masked, tokens], dim=1)])
-            pattern, positions = Attention(pattern.key.repeat(2, 1)), positions.repeat(2, 1)
+            pattern, positions = Attention(pattern.level.repeat(2, 1)), positions.repeat(2, 1)
             head_rows = torch.stack([head_rows, head_rows + len(rows) * width], dim=1)
         model = unwrap(self.model)
         inputs = {

@@ -26,7 +26,7 @@ def two_stream_view(rollout: Rollout, bidirectional: bool = False) -> View:
     With `bidirectional`, prompt and token rows attend to the whole prompt and to all revealed tokens.
     """
     prompt, tokens = rollout.prompt_ids, rollout.completion_ids
-    rows, canvas = tokens.shape
+    rows, canvas_length = tokens.shape
     level, below = order_levels(rollout.unmask_step)
     prompt_level = torch.zeros_like(prompt)
     never = torch.full_like(tokens, NEVER)
@@ -34,14 +34,14 @@ def two_stream_view(rollout: Rollout, bidirectional: bool = False) -> View:
     token_sees = torch.full_like(level, everything) if bidirectional else level.masked_fill(~rollout.revealed, 0)
     prompt_sees = torch.full_like(prompt, everything) if bidirectional else prompt_level
     prompt_position, canvas_position = prompt_positions(rollout)
-    unscored = torch.full((rows, prompt.shape[1] + canvas), IGNORE, dtype=tokens.dtype, device=tokens.device)
-    index = torch.arange(canvas, device=tokens.device).expand(rows, -1)
+    unscored = torch.full((rows, prompt.shape[1] + canvas_length), IGNORE, dtype=tokens.dtype, device=tokens.device)
+    index = torch.arange(canvas_length, device=tokens.device).expand(rows, -1)
     return View(
         input_ids=torch.cat([prompt, tokens, torch.full_like(tokens, rollout.mask_token_id)], dim=1),
         position_ids=torch.cat([prompt_position, canvas_position, canvas_position], dim=1),
         attention=Attention(
-            key=torch.cat([prompt_level.masked_fill(~rollout.prompt_mask, NEVER), level, never], dim=1),
-            query=torch.cat([prompt_sees, token_sees, below], dim=1),
+            level=torch.cat([prompt_level.masked_fill(~rollout.prompt_mask, NEVER), level, never], dim=1),
+            reach=torch.cat([prompt_sees, token_sees, below], dim=1),
         ),
         targets=torch.cat([unscored, tokens.masked_fill(~rollout.revealed, IGNORE)], dim=1),
         index=torch.cat([torch.zeros_like(unscored), index], dim=1),

@@ -60,8 +60,8 @@ class BlockPseudoLikelihood(Estimator):
     # it makes no difference.
     stochastic = True
 
-    def sub_samples(self, canvas: int) -> bool:
-        return self.views != "partition" and self.views * self.block_size < canvas
+    def sub_samples(self, canvas_length: int) -> bool:
+        return self.views != "partition" and self.views * self.block_size < canvas_length
 
     def check(self, logits_shift: int) -> None:
         if self.mask_attention == "isolated":
@@ -86,8 +86,8 @@ class BlockPseudoLikelihood(Estimator):
         if self.mask_attention == "full":
             return view
         masked = view.input_ids == rollout.mask_token_id
-        key = view.attention.key.masked_fill(masked, NEVER)
-        return replace(view, attention=Attention(key, query=key.new_zeros(key.shape)))
+        level = view.attention.level.masked_fill(masked, NEVER)
+        return replace(view, attention=Attention(level, reach=level.new_zeros(level.shape)))
 
     def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         members = self._members(rollout, seeds, iteration)

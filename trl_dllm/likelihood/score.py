@@ -51,7 +51,7 @@ class TokenScores:
 def score_view(
     model: nn.Module,
     view: View,
-    canvas: int,
+    canvas_length: int,
     spec: MaskedDiffusionSpec,
     temperature: float = 1.0,
     batch_size: int | None = None,
@@ -96,12 +96,12 @@ def score_view(
         scores = apply_head(model, inputs, rows_scored, reduce, *row_args)
         scores = scores * part.weight.flatten()[chosen, None].to(scores.dtype)
         width = view.input_ids.shape[1]
-        place = chosen // width * canvas + part.index.flatten()[chosen]
+        place = chosen // width * canvas_length + part.index.flatten()[chosen]
         # index_put with accumulation, so that a position scored at several rows of a view is summed.
-        table = scores.new_zeros(part.input_ids.shape[0] * canvas, scores.shape[1])
+        table = scores.new_zeros(part.input_ids.shape[0] * canvas_length, scores.shape[1])
         table = table.index_put((place,), scores, accumulate=True)
         scored = torch.zeros(len(table), dtype=torch.bool, device=place.device).index_fill(0, place, True)
-        parts.append((table.view(-1, canvas, table.shape[1]), scored.view(-1, canvas)))
+        parts.append((table.view(-1, canvas_length, table.shape[1]), scored.view(-1, canvas_length)))
     table = torch.cat([part[0] for part in parts])
     kls = None if reference is None else table[..., 2]
     return TokenScores(table[..., 0], table[..., 1], torch.cat([part[1] for part in parts]), kls)
@@ -166,7 +166,7 @@ def token_logps(
     total = None
     for n in range(estimator.num_views(rollout)):
         view = estimator.view(rollout, n, seeds, iteration)
-        canvas = rollout.completion_ids.shape[1]
-        scores = score_view(model, view, canvas, spec, temperature, batch_size, differentiable_entropy)
+        canvas_length = rollout.completion_ids.shape[1]
+        scores = score_view(model, view, canvas_length, spec, temperature, batch_size, differentiable_entropy)
         total = scores if total is None else total + scores
     return replace(total, scored=estimator.scored(rollout, seeds, iteration))

@@ -69,7 +69,7 @@ class Estimator:
         """View number n; random views draw from (seeds (B,), iteration) alone."""
         raise NotImplementedError
 
-    def sub_samples(self, canvas: int) -> bool:
+    def sub_samples(self, canvas_length: int) -> bool:
         """Whether counted positions of a canvas of that length may be left out."""
         return False
 
@@ -97,7 +97,7 @@ def canvas_view(rollout: Rollout, visible: Tensor, scored: Tensor, weight: Tenso
     padding.
     """
     prompt, prompt_mask, tokens = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids
-    rows, canvas = tokens.shape
+    rows, canvas_length = tokens.shape
     prompt_position, canvas_position = prompt_positions(rollout)
     weight = torch.ones_like(rollout.logps) if weight is None else weight
     return View(
@@ -106,7 +106,7 @@ def canvas_view(rollout: Rollout, visible: Tensor, scored: Tensor, weight: Tenso
         attention=Attention.padding(torch.cat([prompt_mask, torch.ones_like(visible)], dim=1)),
         targets=torch.cat([torch.full_like(prompt, IGNORE), tokens.masked_fill(~scored, IGNORE)], dim=1),
         index=torch.cat(
-            [torch.zeros_like(prompt), torch.arange(canvas, device=tokens.device).expand(rows, -1)], dim=1
+            [torch.zeros_like(prompt), torch.arange(canvas_length, device=tokens.device).expand(rows, -1)], dim=1
         ),
         weight=torch.cat([torch.zeros_like(prompt, dtype=weight.dtype), weight], dim=1),
     )

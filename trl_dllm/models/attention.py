@@ -1,7 +1,7 @@
 """Attention patterns, and the form that each attention backend takes them in.
 
-Every pattern of this library is one rule on two integers a position: **row q sees column k iff key[k] <= query[q], or
-q is k**. A column of level `NEVER` is seen by itself alone (padding, isolated masks), so no row is ever empty: an
+Every pattern of this library is one rule on two integers a position: **row q sees column k iff level[k] <= reach[q],
+or q is k**. A column of level `NEVER` is seen by itself alone (padding, isolated masks), so no row is ever empty: an
 empty softmax is NaN. Patterns stay two small vectors until the model is called.
 """
 
@@ -19,32 +19,32 @@ class Attention:
     """Which columns each row of a view attends to.
 
     Args:
-        key (`Tensor` of shape (B, S), int64): level from which a column is visible, `NEVER` for padding.
-        query (`Tensor` of shape (B, S), int64, *optional*): highest level that a row sees. None means that every row
+        level (`Tensor` of shape (B, S), int64): level from which a column is visible, `NEVER` for padding.
+        reach (`Tensor` of shape (B, S), int64, *optional*): highest level that a row sees. None means that every row
             sees every column that is not padding: the plain denoiser, which every backend runs without a 4D mask.
-        own (`Tensor` of shape (B, Q), int64, *optional*): the column that each row is itself, where the Q rows of
-            `query` are fewer than the columns (a cache holds the others). None means column q.
+        column (`Tensor` of shape (B, Q), int64, *optional*): the column that each row is itself, where the Q rows of
+            `reach` are fewer than the columns (a cache holds the others). None means column q.
     """
 
-    key: Tensor
-    query: Tensor | None = None
-    own: Tensor | None = None
+    level: Tensor
+    reach: Tensor | None = None
+    column: Tensor | None = None
 
     @staticmethod
     def padding(mask: Tensor) -> "Attention":
         """Full attention over the columns where `mask` (B, S) is True."""
-        return Attention(key=torch.zeros_like(mask, dtype=torch.int64).masked_fill(~mask.bool(), NEVER))
+        return Attention(level=torch.zeros_like(mask, dtype=torch.int64).masked_fill(~mask.bool(), NEVER))
 
     def __getitem__(self, rows: slice | Tensor) -> "Attention":
-        parts = (self.key, self.query, self.own)
+        parts = (self.level, self.reach, self.column)
         return Attention(*(None if part is None else part[rows] for part in parts))
 
     def allowed(self) -> Tensor:
         """The rule written out, bool (B, Q, S): rows are queries, columns keys."""
-        column = torch.arange(self.key.shape[1], device=self.key.device)
-        query = torch.zeros_like(self.key) if self.query is None else self.query
-        itself = column[: query.shape[1], None] == column if self.own is None else self.own[..., None] == column
-        return (self.key[:, None, :] <= query[:, :, None]) | itself
+        columns = torch.arange(self.level.shape[1], device=self.level.device)
+        reach = torch.zeros_like(self.level) if self.reach is None else self.reach
+        column = columns[: reach.shape[1]] if self.column is None else self.column
+        return (self.level[:, None, :] <= reach[:, :, None]) | (column[..., None] == columns)
 
 
 def order_levels(unmask_step: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,10 +52,10 @@ def order_levels(unmask_step: Tensor) -> tuple[Tensor, Tensor]:
 
     Tokens are ordered by step, and within a step from left to right. A position never revealed has level `NEVER`.
     """
-    canvas = unmask_step.shape[1]
-    position = torch.arange(canvas, device=unmask_step.device)
-    level = (1 + unmask_step * canvas + position).masked_fill(unmask_step < 0, NEVER)
-    return level, (unmask_step * canvas).clamp(min=0)
+    canvas_length = unmask_step.shape[1]
+    position = torch.arange(canvas_length, device=unmask_step.device)
+    level = (1 + unmask_step * canvas_length + position).masked_fill(unmask_step < 0, NEVER)
+    return level, (unmask_step * canvas_length).clamp(min=0)
 
 
 def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype, dense: bool = False):
@@ -68,14 +68,14 @@ def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype
     Raises:
         ValueError: the backend has no form for the pattern, as FlashAttention has not.
     """
-    if attention.query is None and not dense:
-        return (attention.key != NEVER).long()
+    if attention.reach is None and not dense:
+        return (attention.level != NEVER).long()
     if implementation == "sdpa":
         return attention.allowed()[:, None]
     if implementation == "eager":
         # finfo.min and not -inf: -inf turns a row that sees nothing into NaN for the whole batch.
         minimum = torch.finfo(dtype).min
-        return torch.zeros((), dtype=dtype, device=attention.key.device).masked_fill(
+        return torch.zeros((), dtype=dtype, device=attention.level.device).masked_fill(
             ~attention.allowed()[:, None], minimum
         )
     if implementation == "flex_attention":
@@ -89,10 +89,10 @@ def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype
 def _block_mask(attention: Attention):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    key, query = attention.key, attention.query
-    rows, size = key.shape
+    level, reach = attention.level, attention.reach
+    rows, size = level.shape
 
     def rule(batch, head, q, k):
-        return (key[batch, k] <= query[batch, q]) | (q == k)
+        return (level[batch, k] <= reach[batch, q]) | (q == k)
 
-    return create_block_mask(rule, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=key.device)
+    return create_block_mask(rule, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=level.device)

@@ -87,14 +87,14 @@ def describe(command: str, args, model_args) -> dict:
         facts["rows an optimizer step"] = step_rows
         facts["FLOPs an optimizer step"] = 6.0 * parameters * step_rows * columns
     else:
-        columns, canvas = args.max_completion_length + 200, args.max_completion_length
+        columns, canvas_length = args.max_completion_length + 200, args.max_completion_length
         generation = args.generation_config()
-        views = args.build_estimator().num_views(_longest(canvas, generation.diffusion_steps))
+        views = args.build_estimator().num_views(_longest(canvas_length, generation.diffusion_steps))
         completions = args.generation_batch_size
-        sampling = canvas * generation.diffusion_steps * 2 * parameters
+        sampling = canvas_length * generation.diffusion_steps * 2 * parameters
         old = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
-        scoring = canvas * views * 2 * parameters * (old + (args.beta != 0))
-        update = canvas * views * (4 if trainable < parameters else 6) * parameters
+        scoring = canvas_length * views * 2 * parameters * (old + (args.beta != 0))
+        update = canvas_length * views * (4 if trainable < parameters else 6) * parameters
         facts |= {
             "completions a generation batch": completions,
             "prompts a generation batch": completions // args.num_generations,
@@ -154,14 +154,14 @@ def _print(command: str, facts: dict) -> dict:
     return facts
 
 
-def _longest(canvas: int, steps: int) -> Rollout:
+def _longest(canvas_length: int, steps: int) -> Rollout:
     """A rollout of one row that took `steps` steps, for estimators that count their views from one."""
-    zeros = torch.zeros(1, canvas, dtype=torch.int64)
+    zeros = torch.zeros(1, canvas_length, dtype=torch.int64)
     return Rollout(
         prompt_ids=zeros[:, :0],
         prompt_mask=zeros[:, :0].bool(),
         completion_ids=zeros,
-        unmask_step=torch.arange(canvas)[None] * steps // canvas,
+        unmask_step=torch.arange(canvas_length)[None] * steps // canvas_length,
         logps=zeros.float(),
         counted=torch.ones_like(zeros, dtype=torch.bool),
         view_seed=zeros[:, 0],

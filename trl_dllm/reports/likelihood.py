@@ -157,8 +157,8 @@ class _Run:
 
     def place(self, start: int, chosen: Tensor, view: View) -> Tensor:
         """Number of each chosen column's position among the rollout's B·L."""
-        canvas = self.rollout.completion_ids.shape[1]
-        return (start + chosen // view.input_ids.shape[1]) * canvas + view.index.flatten()[chosen]
+        canvas_length = self.rollout.completion_ids.shape[1]
+        return (start + chosen // view.input_ids.shape[1]) * canvas_length + view.index.flatten()[chosen]
 
     def hidden(self, exact: Estimator) -> Tensor:
         """Hidden states (B·L, H) behind the exact conditional of each counted position."""
@@ -205,13 +205,13 @@ class _Run:
         residual = table[2].sum(dim=1)[kept] - kl * by_row[kept]
         rows = int(kept.sum())
         error = (residual.square().sum() * rows / max(1, rows - 1)).sqrt().item() / total.item()
-        canvas = rollout.completion_ids.shape[1]
+        canvas_length = rollout.completion_ids.shape[1]
         return LikelihoodLine(
             name=name,
             logp=logp,
             gap=gap,
             divergence=divergence,
-            bound=canvas * worst if isinstance(estimator, StepMerge | ExactTrajectory) else None,
+            bound=canvas_length * worst if isinstance(estimator, StepMerge | ExactTrajectory) else None,
             kl=kl,
             kl_error=error,
             forwards=forwards,

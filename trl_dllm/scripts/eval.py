@@ -47,12 +47,12 @@ def main(args: argparse.Namespace) -> dict:
     if args.from_generations:
         summary = rescore(task, args.from_generations, folder, args.parser)
         _print(task.name, summary, folder)
-        for name, beside in summary["beside"].items():
+        for name, other in summary["other_parsers"].items():
             print(
-                f"  the {name} parser: {beside['correct']} of {summary['total']}; {beside['differ']} answers differ",
+                f"  the {name} parser: {other['correct']} of {summary['total']}; {other['differ']} answers differ",
                 end="",
             )
-            print(f", the first in row {beside['first_difference']}" if beside["differ"] else "")
+            print(f", the first in row {other['first_difference']}" if other["differ"] else "")
         return summary
     if not args.model_name_or_path:
         raise ValueError("Name a model with --model_name_or_path, or stored outputs with --from_generations.")

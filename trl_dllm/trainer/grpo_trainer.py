@@ -407,12 +407,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         counted = rollout.counted.gather(1, view.index)
         view = replace(view, targets=view.targets.masked_fill(~counted, IGNORE))
         temperature = self.args.score_temperature or rollout.temperature
-        canvas = rollout.completion_ids.shape[1]
+        canvas_length = rollout.completion_ids.shape[1]
         with self.accelerator.autocast():
             scores = score_view(
                 model,
                 view,
-                canvas,
+                canvas_length,
                 self.spec,
                 temperature,
                 batch_size,

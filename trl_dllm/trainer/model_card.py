@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 
-def rewrite_quick_start(folder: str, model_id: str | None, canvas: int) -> None:
+def rewrite_quick_start(folder: str, model_id: str | None, canvas_length: int) -> None:
     """Replace the first Python snippet of the card in `folder` by one that decodes a canvas of `canvas` tokens."""
     card = Path(folder) / "README.md"
     if not card.exists():
@@ -26,7 +26,7 @@ def rewrite_quick_start(folder: str, model_id: str | None, canvas: int) -> None:
         messages = [{{"role": "user", "content": "…"}}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prompts = tokenizer([text], add_special_tokens=False, return_tensors="pt", padding=True)
-        config = DiffusionGenerationConfig(max_new_tokens={canvas}, temperature=0.0)
+        config = DiffusionGenerationConfig(max_new_tokens={canvas_length}, temperature=0.0)
         rollout = generate(model, prompts["input_ids"], prompts["attention_mask"], config)
         print(tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True))
         ```"""

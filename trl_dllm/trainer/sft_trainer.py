@@ -155,8 +155,8 @@ def any_order_view(
         input_ids=torch.cat([input_ids, torch.full_like(column, spec.mask_token_id)], dim=1),
         position_ids=torch.cat([positions, column], dim=1),
         attention=Attention(
-            key=torch.cat([row_level, torch.full_like(level, NEVER)], dim=1),
-            query=torch.cat([row_level.masked_fill(behind, 0), rank.masked_fill(~real, 0)], dim=1),
+            level=torch.cat([row_level, torch.full_like(level, NEVER)], dim=1),
+            reach=torch.cat([row_level.masked_fill(behind, 0), rank.masked_fill(~real, 0)], dim=1),
         ),
         targets=torch.cat([unscored, input_ids.gather(1, column).masked_fill(~real, IGNORE)], dim=1),
         index=torch.cat([positions, column], dim=1),
@@ -351,8 +351,8 @@ class DiffusionSFTTrainer(SFTTrainer):
         """TRL's model card, with this library's way to generate."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            canvas = self.args.canvas_length or 256
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, canvas)
+            canvas_length = self.args.canvas_length or 256
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, canvas_length)
 
 
 def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
