@@ -1,17 +1,19 @@
-"""Trajectory likelihoods against one-token-at-a-time oracles: METHODS §7, identities 1, 2, 7, 8 and 9."""
+"""StepMerge, MeanField and ExactTrajectory: METHODS §7, identities 1, 2, 7 and 8.
+
+Identity 9, of the gradient, is in test_policy_gradient.py.
+"""
 
 import itertools
-import math
 
 import pytest
 import torch
+from cases import MASK, PROMPTS, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, sample
 from oracles import (
     canvas_before,
     enumerate_trajectories,
     full_logits,
     joint_table,
-    left_pad,
-    random_rollout,
+    probabilities,
     random_table,
     segment_cuts,
     sharp_model,
@@ -21,17 +23,12 @@ from oracles import (
     unpadded,
 )
 
-import trl_dllm.generation.denoising
-import trl_dllm.likelihood.view
-from trl_dllm.generation import DiffusionGenerationConfig, generate
-from trl_dllm.likelihood import ESTIMATORS, ExactTrajectory, MeanField, StepMerge, perturb_prompt, token_logps
-from trl_dllm.models import MaskedDiffusionSpec
+from trl_dllm.likelihood import ESTIMATORS, ExactTrajectory, MeanField, StepMerge, token_logps
+from trl_dllm.models import create_tiny_model
 from trl_dllm.noise import hash64
-from trl_dllm.rollout import Rollout, count_until_eos
+from trl_dllm.rollout import Rollout
 
 
-MASK, VOCAB = 3, 101
-SHIFT = {"llada": 0, "dream": 1}
 VALUE_INDEPENDENT = ["random", "left_to_right", "margin", "entropy"]
 ALL_ESTIMATORS = [MeanField(), StepMerge(2), StepMerge(4), StepMerge(20), ExactTrajectory()]
 
@@ -40,26 +37,13 @@ def names(estimator):
     return f"{type(estimator).__name__}{getattr(estimator, 'num_segments', '')}"
 
 
-def rollout_for_tests(seed=0, **kwargs):
-    return random_rollout(MASK, VOCAB, seed, **kwargs)
-
-
-def draw(model, seed=0, **settings):
+def draw(model, **settings):
     """A rollout whose rows differ in prompt length, steps (threshold or early stop) and counted length."""
-    prompts = [[17, 60, 9], [44, 8, 71, 25, 90, 33, 12], [55], [81, 20, 20, 67, 5]]
-    ids, mask = left_pad(prompts)
-    settings = {"max_new_tokens": 12, "block_length": 4, "eos_token_ids": tuple(range(30, 45)), **settings}
-    seeds = hash64(seed, torch.arange(len(prompts)))
-    return generate(model, ids, mask, DiffusionGenerationConfig(**settings), seeds=seeds).validate()
+    settings = {"block_length": 4, "eos_token_ids": tuple(range(30, 45)), **settings}
+    return sample(model, seeds=hash64(0, torch.arange(len(PROMPTS))), **settings)
 
 
-def assert_same_scores(got, want, atol=1e-5):
-    assert torch.equal(got.scored, want.scored)
-    torch.testing.assert_close(got.logps, want.logps, atol=atol, rtol=0)
-    torch.testing.assert_close(got.entropies, want.entropies, atol=atol, rtol=0)
-
-
-# ----------------------------------------------------------------------------------------- against the oracle
+# -------------------------------------------------------------------------------------------------- against the oracle
 
 
 @pytest.mark.parametrize("estimator", ALL_ESTIMATORS, ids=names)
@@ -88,26 +72,6 @@ def test_every_number_of_segments_equals_slow_oracle(models):
             torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0, msg=f"N={segments}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_of_other_precisions(models, family, dtype):
-    """Log-probs are float32 for a bfloat16 model, and near the float64 ones."""
-    rollout = rollout_for_tests(dtype=torch.float32)
-    with torch.no_grad():
-        scores = token_logps(models(family, dtype), rollout, StepMerge(3))
-        logps, _ = slow_step_merge(models(family), rollout, 3, SHIFT[family])
-    assert scores.logps.dtype == torch.float32 and scores.entropies.dtype == torch.float32
-    torch.testing.assert_close(scores.logps.double(), logps, atol=1e-4 if dtype == torch.float32 else 0.8, rtol=0)
-
-
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_scores_on_each_backend(models, family, attn):
-    rollout = rollout_for_tests(dtype=torch.float32)
-    with torch.no_grad():
-        scores = token_logps(models(family, torch.float32, attn), rollout, StepMerge(3))
-        logps, _ = slow_step_merge(models(family), rollout, 3, SHIFT[family])
-    torch.testing.assert_close(scores.logps.double(), logps, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("estimator", [MeanField(), StepMerge(3), ExactTrajectory()], ids=names)
 def test_gradients_equal_full_logits(family, estimator):
     """Gradients of log-probs, and of entropies where asked for, for every parameter."""
@@ -126,23 +90,7 @@ def test_gradients_equal_full_logits(family, estimator):
             assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max()), name
 
 
-def test_temperature_none_is_the_rollouts_own_and_zero_is_one(models):
-    model = models("llada")
-    with torch.no_grad():
-        for own, given, effective in (
-            (0.6, None, 0.6),
-            (0.6, 1.3, 1.3),
-            (0.0, None, 1.0),
-            (0.6, 0.0, 1.0),
-            (0.6, 1.0, 1.0),
-        ):
-            rollout = rollout_for_tests(temperature=own)
-            scores = token_logps(model, rollout, StepMerge(2), temperature=given)
-            logps, _ = slow_step_merge(model, rollout, 2, shift=0, temperature=effective)
-            torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0, msg=f"{own} {given}")
-
-
-# ------------------------------------------------------------------------------------------------- identity 1
+# ------------------------------------------------------------------------------------------------ views and identity 1
 
 
 def test_identity_1_equal_view_tensors_and_bits(models, family):
@@ -206,7 +154,7 @@ def test_number_of_views():
     assert {"mean_field", "step_merge", "exact_trajectory"} <= set(ESTIMATORS)
 
 
-# ------------------------------------------------------------------------------------------------- identity 2
+# ---------------------------------------------------------------------------------------------------------- identity 2
 
 
 @pytest.mark.parametrize(
@@ -257,8 +205,6 @@ def test_identity_2_on_random_trajectories(models, family):
 
 def test_identity_2_on_a_fresh_model(family):
     """Sampler and scorer both leave the mask out, whose probability is 1/V before training."""
-    from trl_dllm.models import create_tiny_model
-
     model, _ = create_tiny_model(family, hidden_size=16, num_layers=1)
     rollout = draw(model, diffusion_steps=6, stop_at_eos=False)
     with torch.no_grad():
@@ -268,7 +214,7 @@ def test_identity_2_on_a_fresh_model(family):
     assert p[MASK] == 0 and abs(scores.logps.exp().mean().item() - 1 / (VOCAB - 1)) < 1e-3
 
 
-# ------------------------------------------------------------------------------------------------- identity 7
+# ---------------------------------------------------------------------------------------------------------- identity 7
 
 
 @pytest.mark.parametrize("p_mask_prompt", [0.0, 0.4])
@@ -292,140 +238,12 @@ def test_identity_7_scores_do_not_depend_on_the_batch(models, family, estimator,
         torch.testing.assert_close(torch.cat([p.logps for p in parts]), scores.logps, atol=1e-5, rtol=0)
 
 
-def test_identity_7_tokens_under_the_padding_are_never_read(models, family):
-    model, rollout = models(family), rollout_for_tests(width=9)
-    fields = {name: getattr(rollout, name) for name in rollout.__dataclass_fields__}
-    other = Rollout(**{**fields, "prompt_ids": rollout.prompt_ids.masked_fill(~rollout.prompt_mask, 88)})
-    with torch.no_grad():
-        a, b = (token_logps(model, r, StepMerge(3), p_mask_prompt=0.3) for r in (rollout, other))
-    assert_same_scores(a, b)
-
-
-def test_identity_7_gradients_do_not_depend_on_the_micro_batch(family):
-    model, rollout = sharp_model(family), rollout_for_tests(num_steps=(9, 3, 1), prompt_lengths=(4, 1, 6))
-    parameters = list(model.parameters())
-    whole, parts = (
-        torch.autograd.grad(token_logps(model, rollout, StepMerge(2), batch_size=size).logps.sum(), parameters)
-        for size in (None, 2)
-    )
-    for a, b in zip(whole, parts, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * max(1, a.abs().max())
-
-
-# ---------------------------------------------------------------------------------------- prompt perturbation
-
-
-class Recorder(torch.nn.Module):
-    """A wrapper that keeps what the model was run on."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.module, self.seen = model, []
-
-    def forward(self, **inputs):
-        self.seen.append(inputs["input_ids"])
-        return self.module(**inputs)
-
-
-def prompts_seen(model, rollout, width, **kwargs):
-    recorder = Recorder(model)
-    with torch.no_grad():
-        token_logps(recorder, rollout, ExactTrajectory(), **kwargs)
-    assert len(recorder.seen) == ExactTrajectory().num_views(rollout)
-    return [ids[:, :width] for ids in recorder.seen]
-
-
-def test_prompt_perturbation_is_one_draw_for_all_views(models):
-    """Only prompt tokens change, alike in every view; the canvas is never perturbed."""
-    model, rollout = models("llada"), rollout_for_tests(width=9)
-    seen = prompts_seen(model, rollout, 9, p_mask_prompt=0.5)
-    assert all(torch.equal(ids, seen[0]) for ids in seen)
-    changed = seen[0] != rollout.prompt_ids
-    assert changed.any() and not (changed & ~rollout.prompt_mask).any()
-    assert seen[0][changed].eq(MASK).all() and not changed[rollout.prompt_mask].all()
-    again = prompts_seen(model, rollout, 9, p_mask_prompt=0.5, iteration=0)
-    assert torch.equal(again[0], seen[0])
-    assert not torch.equal(prompts_seen(model, rollout, 9, p_mask_prompt=0.5, iteration=1)[0], seen[0])
-    assert not torch.equal(prompts_seen(model, rollout, 9, p_mask_prompt=0.5, seeds=rollout.view_seed + 1)[0], seen[0])
-    assert torch.equal(prompts_seen(model, rollout, 9)[0], rollout.prompt_ids)
-
-
-def test_prompt_perturbation_scores_equal_the_oracles_on_the_masked_prompt(models, family):
-    model, rollout = models(family), rollout_for_tests()
-    perturbed = perturb_prompt(rollout, 0.5, rollout.view_seed, 3)
-    assert not torch.equal(perturbed.prompt_ids, rollout.prompt_ids)
-    with torch.no_grad():
-        scores = token_logps(model, rollout, StepMerge(2), p_mask_prompt=0.5, iteration=3)
-        logps, _ = slow_step_merge(model, perturbed, 2, SHIFT[family])
-    torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0)
-
-
-def test_prompt_perturbation_rate_and_independence():
-    """15 % of the tokens, in every column and iteration; iterations are independent of each other."""
-    rows, width = 400, 25
-    rollout = random_rollout(
-        MASK, VOCAB, 0, canvas=1, prompt_lengths=[width - row % 5 for row in range(rows)], num_steps=[1] * rows
-    )
-    hits = torch.stack(
-        [perturb_prompt(rollout, 0.15, rollout.view_seed, n).prompt_ids != rollout.prompt_ids for n in range(4)]
-    )
-    assert not hits[:, ~rollout.prompt_mask].any()
-    tokens = int(rollout.prompt_mask.sum())
-    for n in range(4):
-        assert abs(hits[n].sum().item() / tokens - 0.15) < 4 * math.sqrt(0.15 * 0.85 / tokens)
-    by_column = hits.sum(dim=(0, 1)) / (4 * rollout.prompt_mask.sum(dim=0))
-    assert by_column.min() > 0.08 and by_column.max() < 0.23
-    both = (hits[0] & hits[1]).sum().item() / tokens
-    assert abs(both - 0.15**2) < 4 * math.sqrt(0.0225 / tokens)
-    assert torch.equal(perturb_prompt(rollout, 0.0, rollout.view_seed, 0).prompt_ids, rollout.prompt_ids)
-    everything = perturb_prompt(rollout, 1.0, rollout.view_seed, 0).prompt_ids
-    assert everything[rollout.prompt_mask].eq(MASK).all()
-
-
-def test_prompt_perturbation_does_not_depend_on_padding():
-    """Identity 7: keyed by the token's index without padding."""
-    narrow, wide = rollout_for_tests(), rollout_for_tests(width=12)
-    for iteration in range(5):
-        a = perturb_prompt(narrow, 0.5, narrow.view_seed, iteration)
-        b = perturb_prompt(wide, 0.5, wide.view_seed, iteration)
-        assert [unpadded(a, row) for row in range(5)] == [unpadded(b, row) for row in range(5)]
-
-
-def test_prompt_perturbation_never_shares_draws_with_the_sampler(models, monkeypatch):
-    """METHODS §2.6, `Purpose`: iteration 2 of the prompt draws must not be step 4 of the token draws."""
-    seen = {}
-
-    def record(module):
-        plain = module.uniform
-
-        def recorder(*keys):
-            draws = plain(*keys)
-            seen.setdefault(module.__name__, set()).update(draws.flatten().tolist())
-            return draws
-
-        monkeypatch.setattr(module, "uniform", recorder)
-
-    record(trl_dllm.generation.denoising)
-    record(trl_dllm.likelihood.view)
-    rollout = draw(models("llada"), max_new_tokens=12, block_length=12, diffusion_steps=12, stop_at_eos=False)
-    for iteration in range(8):
-        perturb_prompt(rollout, 0.5, rollout.view_seed, iteration)
-    sampler, prompt = seen["trl_dllm.generation.denoising"], seen["trl_dllm.likelihood.view"]
-    assert len(sampler) > 500 and len(prompt) > 100
-    assert not sampler & prompt
-
-
-# ------------------------------------------------------------------------------------ identity 8: brute force
+# --------------------------------------------------------------------------------------------- identity 8: brute force
 
 
 def exact_scores(model, trajectories, estimator, **kwargs):
     with torch.no_grad():
         return token_logps(model, trajectories_rollout(model, trajectories), estimator, **kwargs).logps.sum(dim=1)
-
-
-def weights(trajectories):
-    """Probability of each trajectory by the oracle."""
-    return torch.tensor([t.order_prob * t.log_prob.exp().item() for t in trajectories], dtype=torch.float64)
 
 
 SHAPES = [  # (canvas, vocab with the mask, schedule of a block, block length)
@@ -505,7 +323,7 @@ def block_sensitivity(model, trajectories, segments, temperature=1.0):
 def divergence(model, trajectories, segments):
     """D_N = E[Σ log π_exact − log π_N]: scores from the library, the trajectories' probabilities from the oracle."""
     gap = exact_scores(model, trajectories, ExactTrajectory()) - exact_scores(model, trajectories, StepMerge(segments))
-    return (weights(trajectories) * gap).sum().item()
+    return (probabilities(trajectories) * gap).sum().item()
 
 
 @pytest.mark.parametrize("shape", [(4, 3, [1, 1, 1, 1]), (4, 3, [2, 2]), (3, 4, [2, 1])], ids=str)
@@ -534,224 +352,3 @@ def test_identity_8_divergence_falls_when_the_cuts_are_doubled(remasking):
         for segments in (1, 2, 3, 4):
             assert found[2 * segments] <= found[segments] + 1e-10
         assert found[1] > found[2] + 1e-3 > found[4] + 1e-3 and abs(found[4]) < 1e-10
-
-
-def test_oracle_joint_is_consistent():
-    """Left to right and any other order give a canvas the same probability; an arbitrary table does not."""
-    for model, consistent in ((joint_table(3, 3, seed=1), True), (random_table(3, 3, seed=1), False)):
-        trajectories = enumerate_trajectories(model, "random", [1, 1, 1])
-        by_canvas = {}
-        for t in trajectories:
-            by_canvas.setdefault(t.tokens, []).append(t.log_prob.item())
-        assert all((max(v) - min(v) < 1e-10) == consistent for v in by_canvas.values())
-
-
-# -------------------------------------------------------------------- identity 9: gradient of the mean reward
-
-EOS = 0
-
-
-def reward(tokens) -> float:
-    """Of the completion up to its first EOS, as reward functions see it."""
-    cut = tokens[: tokens.index(EOS) + 1] if EOS in tokens else tokens
-    return 0.3 * len(cut) ** 2 + sum((i + 1) * t * 0.7 for i, t in enumerate(cut)) % 2.1
-
-
-def dr_grpo_as_plain_sum(logps, advantages, mask, probability):
-    """TRL's dr_grpo before its division by a constant: −Σ_i p_i A_i Σ_l ratio_il, old policy = current policy."""
-    ratio = (logps - logps.detach()).exp()
-    return -(probability * advantages * (ratio * mask).sum(dim=1)).sum()
-
-
-def gradients(model, remasking, schedule, advantages_of, mask_of, temperature=0.7, weight_of=None):
-    """(library's expected gradient, enumerated gradient of the expected reward), flat."""
-    trajectories = enumerate_trajectories(model, remasking, schedule, temperature=temperature)
-    rewards = torch.tensor([reward(list(t.tokens)) for t in trajectories], dtype=torch.float64)
-    probability = torch.stack([t.order_prob * t.log_prob.exp() for t in trajectories])
-    (true,) = torch.autograd.grad((probability * rewards).sum(), model.table)
-    rollout = trajectories_rollout(model, trajectories, temperature=temperature)
-    p = probability.detach()
-    mask = mask_of(rollout).double()
-    if weight_of is not None:
-        mask = mask * weight_of(mask)[:, None]
-    scores = token_logps(model, rollout, ExactTrajectory())
-    loss = dr_grpo_as_plain_sum(scores.logps, advantages_of(rewards, p), mask, p)
-    (got,) = torch.autograd.grad(-loss, model.table)
-    return got.flatten(), true.flatten()
-
-
-def raw(rewards, p):
-    return rewards
-
-
-def leave_one_out(rewards, p):
-    """G = 2: A_1 = r_1 − r_2, its expectation over an independent second completion, pair by pair."""
-    return ((rewards[:, None] - rewards[None, :]) * p[None, :]).sum(dim=1)
-
-
-def leave_one_out_of_three(rewards, p):
-    pair = p[:, None] * p[None, :]
-    others = (rewards[:, None] + rewards[None, :]) / 2
-    return torch.stack([((r - others) * pair).sum() for r in rewards])
-
-
-def group_mean(rewards, p, group):
-    """A_1 = r_1 − mean of the group, over all (G−1)-tuples of the others."""
-    total = torch.zeros_like(rewards)
-    for others in itertools.product(range(len(p)), repeat=group - 1):
-        chance = math.prod(p[j].item() for j in others)
-        total += chance * (rewards - (rewards + sum(rewards[j] for j in others)) / group)
-    return total
-
-
-def canvas_mask(rollout):
-    return torch.ones_like(rollout.counted)
-
-
-def eos_mask(rollout):
-    return count_until_eos(rollout.completion_ids, rollout.unmask_step, (EOS,))
-
-
-def relative_error(got, want):
-    return ((got - want).norm() / want.norm()).item()
-
-
-@pytest.mark.parametrize("schedule", [[1, 1, 1], [2, 1], [3]], ids=str)
-@pytest.mark.parametrize("remasking", VALUE_INDEPENDENT)
-def test_identity_9_expected_gradient_is_that_of_the_expected_reward(remasking, schedule):
-    """Theorem 3.1: whole canvas, raw rewards, plain sum, any tokens a step, every value-independent order."""
-    got, want = gradients(random_table(3, 4, seed=2), remasking, schedule, raw, canvas_mask)
-    assert want.norm() > 0.1
-    assert relative_error(got, want) < 1e-10
-
-
-@pytest.mark.parametrize("advantages", [leave_one_out, leave_one_out_of_three])
-def test_identity_9_leave_one_out(advantages):
-    got, want = gradients(random_table(3, 3, seed=2), "random", [2, 1], advantages, canvas_mask)
-    assert relative_error(got, want) < 1e-10
-
-
-@pytest.mark.parametrize("group", [2, 3])
-def test_identity_9_group_mean_gives_exactly_g_minus_1_over_g(group):
-    got, want = gradients(
-        random_table(3, 3, seed=2), "left_to_right", [2, 1], lambda r, p: group_mean(r, p, group), canvas_mask
-    )
-    assert relative_error(got, want * (group - 1) / group) < 1e-10
-
-
-def test_identity_9_with_the_eos_cut_holds_only_left_to_right():
-    """Tokens behind the EOS earn nothing left to right; in another order they were context of what came later."""
-    model = random_table(3, 4, seed=2)
-    for schedule in ([1, 1, 1], [2, 1]):
-        got, want = gradients(model, "left_to_right", schedule, raw, eos_mask)
-        assert relative_error(got, want) < 1e-10
-    for remasking, seed in (("random", 2), ("margin", 7), ("entropy", 7)):
-        got, want = gradients(random_table(3, 4, seed), remasking, [1, 1, 1], raw, eos_mask)
-        assert relative_error(got, want) > 0.02, remasking
-
-
-def test_identity_9_is_broken_by_one_over_length():
-    """A factor 1/length of each completion is no plain sum, left to right either."""
-    got, want = gradients(
-        random_table(3, 4, seed=2), "left_to_right", [1, 1, 1], raw, eos_mask, weight_of=lambda m: 1 / m.sum(dim=1)
-    )
-    scale = (got @ want) / (got @ got)
-    assert relative_error(scale * got, want) > 0.02
-
-
-def test_identity_9_is_broken_by_another_scoring_temperature_or_fewer_cuts():
-    """A token is scored under the distribution that it was drawn from."""
-    model = random_table(3, 4, seed=2)
-    trajectories = enumerate_trajectories(model, "random", [1, 1, 1], temperature=0.7)
-    p = weights(trajectories)
-    rewards = torch.tensor([reward(list(t.tokens)) for t in trajectories], dtype=torch.float64)
-    rollout = trajectories_rollout(model, trajectories, temperature=0.7)
-    mask = canvas_mask(rollout).double()
-
-    def gradient(estimator, temperature):
-        scores = token_logps(model, rollout, estimator, temperature=temperature)
-        (out,) = torch.autograd.grad(-dr_grpo_as_plain_sum(scores.logps, rewards, mask, p), model.table)
-        return out.flatten()
-
-    want = gradient(ExactTrajectory(), None)
-    assert relative_error(gradient(StepMerge(3), 0.7), want) < 1e-10
-    assert relative_error(gradient(ExactTrajectory(), 1.0), want) > 0.02
-    assert relative_error(gradient(MeanField(), 0.7), want) > 0.02
-
-
-# ----------------------------------------------------------------------------------------------------- errors
-
-
-def test_rollout_and_model_must_agree_on_the_mask(models):
-    rollout = random_rollout(50, VOCAB, 0)
-    with pytest.raises(ValueError, match=r"mask_token_id=50 in the rollout, 3 in the model.*pass the spec"):
-        token_logps(models("llada"), rollout, MeanField())
-    with torch.no_grad():
-        scores = token_logps(models("llada"), rollout, StepMerge(2), spec=MaskedDiffusionSpec(50))
-        logps, _ = slow_step_merge(models("llada"), rollout, 2, shift=0)
-    torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0)
-
-
-def test_empty_prompts(models):
-    """P = 0 works unshifted, and is refused for Dream."""
-    rollout = rollout_for_tests(prompt_lengths=(0,) * 5)
-    assert rollout.prompt_ids.shape == (5, 0)
-    with torch.no_grad():
-        scores = token_logps(models("llada"), rollout, StepMerge(3), p_mask_prompt=0.5)
-        logps, _ = slow_step_merge(models("llada"), rollout, 3, shift=0)
-    torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0)
-    for lengths in ((0,) * 5, (3, 1, 0, 2, 2)):
-        with pytest.raises(ValueError, match=r"logits_shift=1.*prompt of at least one token"):
-            token_logps(models("dream"), rollout_for_tests(prompt_lengths=lengths), MeanField())
-
-
-def test_a_row_without_any_token(models):
-    """T = 0: nothing was revealed, nothing is scored, nothing is NaN, and gradients are finite."""
-    rollout = rollout_for_tests()
-    rollout.completion_ids[2], rollout.unmask_step[2], rollout.counted[2] = MASK, -1, False
-    for estimator in (MeanField(), StepMerge(4), ExactTrajectory()):
-        scores = token_logps(models("llada"), rollout.validate(), estimator)
-        assert scores.logps.isfinite().all() and scores.logps[2].eq(0).all() and not scores.scored[2].any()
-    alone = token_logps(models("llada"), rollout[slice(2, 3)], ExactTrajectory())
-    assert alone.logps.eq(0).all() and alone.logps.requires_grad
-
-
-def test_rollout_checks_shapes_and_values():
-    good = rollout_for_tests()
-    fields = {name: getattr(good, name) for name in good.__dataclass_fields__}
-    for change, match in [
-        ({"unmask_step": good.unmask_step[:, 1:]}, r"unmask_step has shape \(5, 8\).*\(5, 9\)"),
-        ({"prompt_mask": good.prompt_mask[:, 1:]}, "prompt_ids.*prompt_mask"),
-        ({"view_seed": good.view_seed[:2]}, "view_seed"),
-        ({"prompt_mask": good.prompt_mask.flip(1)}, "left-padded"),
-        ({"unmask_step": torch.zeros_like(good.unmask_step)}, "revealed whose token is the mask"),
-        ({"unmask_step": torch.full_like(good.unmask_step, -1)}, "positions never revealed must hold"),
-        ({"counted": torch.ones_like(good.counted)}, "counted includes a position that was never revealed"),
-    ]:
-        with pytest.raises(ValueError, match=match):
-            Rollout(**{**fields, **change}).validate()
-
-
-def test_rollout_slices_and_stacks():
-    rollout = rollout_for_tests()
-    stacked = Rollout.cat([rollout[slice(0, 2)], rollout[torch.tensor([2, 3, 4])]])
-    for name, value in rollout._tensors().items():
-        assert torch.equal(getattr(stacked, name), value), name
-    assert len(rollout[rollout.num_steps > 3]) == 3 and stacked.mask_token_id == MASK
-    assert rollout.num_steps.tolist() == [9, 3, 1, 6, 4]
-
-
-def test_count_until_eos_by_loops():
-    """Revealed positions up to and including the first revealed EOS; several ids; none."""
-    rollout = rollout_for_tests(seed=5, num_steps=(9,) * 8, prompt_lengths=(2,) * 8)
-    for eos in ((), tuple(range(60, 90))):
-        got = count_until_eos(rollout.completion_ids, rollout.unmask_step, eos)
-        for row in range(8):
-            ended, expected = False, []
-            for token, step in zip(
-                rollout.completion_ids[row].tolist(), rollout.unmask_step[row].tolist(), strict=True
-            ):
-                expected.append(step >= 0 and not ended)
-                ended = ended or (step >= 0 and token in eos)
-            assert got[row].tolist() == expected
-    assert (got.sum(1) < rollout.revealed.sum(1)).any()

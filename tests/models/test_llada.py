@@ -1,39 +1,27 @@
-"""The native families: Hub key and config names, forwards against plain torch, LoRA, and the spec's errors."""
+"""LLaDA: Hub keys and config names, and the forward against plain torch."""
 
 import json
 import math
 
 import pytest
 import torch
+from cases import IDS, saved_tensors
 from oracles import sharp_model
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DiffusionGemmaConfig,
-    Gemma2Config,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from trl_dllm.models import (
-    DreamConfig,
-    DreamModel,
-    LLaDAConfig,
-    LLaDAModelLM,
-    MaskedDiffusionSpec,
-    create_tiny_model,
-)
+from trl_dllm.models import LLaDAConfig, LLaDAModelLM
 
 
-LAYERS, HIDDEN = 2, 32
+LAYERS = 2
+
 BLOCK_KEYS = ["attn_norm", "ff_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"]
+
 HUB_KEYS = {"model.transformer.wte.weight", "model.transformer.ln_f.weight", "model.transformer.ff_out.weight"} | {
     f"model.transformer.blocks.{layer}.{name}.weight" for layer in range(LAYERS) for name in BLOCK_KEYS
 }
+
+
 # GSAI-ML/LLaDA-8B-Instruct's config.json, with small numbers in the place of the large.
 ORIGINAL_CONFIG = {
     "activation_type": "silu",
@@ -88,31 +76,23 @@ ORIGINAL_CONFIG = {
 }
 
 
-def ids():
-    return torch.tensor([[5, 90, 3, 3, 41, 3, 17], [3, 64, 64, 8, 3, 99, 100]])
-
-
-def tensors(folder):
-    return {key: value for path in sorted(folder.glob("*.safetensors")) for key, value in load_file(path).items()}
-
-
-# ------------------------------------------------------------------------------------------ LLaDA: the folder
+# ---------------------------------------------------------------------------------------------------------- the folder
 
 
 def test_llada_saves_the_hub_keys_and_loads_them_back_bit_identical(tmp_path):
     model = sharp_model("llada", dtype=torch.float32)
     model.save_pretrained(tmp_path)
-    saved = tensors(tmp_path)
+    saved = saved_tensors(tmp_path)
     assert set(saved) == HUB_KEYS
     again, info = LLaDAModelLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, again.state_dict()[name]), name
     again.save_pretrained(tmp_path / "again")
-    for key, value in tensors(tmp_path / "again").items():
+    for key, value in saved_tensors(tmp_path / "again").items():
         assert torch.equal(value, saved[key]), key
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids()).logits, again.eval()(input_ids=ids()).logits)
+        assert torch.equal(model(input_ids=IDS).logits, again.eval()(input_ids=IDS).logits)
 
 
 def test_llada_sharded_save(tmp_path):
@@ -120,7 +100,7 @@ def test_llada_sharded_save(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"]) == HUB_KEYS == set(tensors(tmp_path))
+    assert set(index["weight_map"]) == HUB_KEYS == set(saved_tensors(tmp_path))
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
 
@@ -129,11 +109,11 @@ def test_llada_tied_embeddings_save_no_head(tmp_path):
     """`weight_tying` checkpoints have no ff_out at the top."""
     model = sharp_model("llada", dtype=torch.float32, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    assert set(tensors(tmp_path)) == HUB_KEYS - {"model.transformer.ff_out.weight"}
+    assert set(saved_tensors(tmp_path)) == HUB_KEYS - {"model.transformer.ff_out.weight"}
     assert json.loads((tmp_path / "config.json").read_text())["weight_tying"] is True
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids()).logits, again(input_ids=ids()).logits)
+        assert torch.equal(model(input_ids=IDS).logits, again(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize("trust_remote_code", [None, False, True])
@@ -149,7 +129,7 @@ def test_auto_classes_take_the_native_llada(tmp_path, trust_remote_code):
         assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
-# ------------------------------------------------------------------------------------------ LLaDA: the config
+# ---------------------------------------------------------------------------------------------------------- the config
 
 
 def original_folder(tmp_path, **changes):
@@ -227,14 +207,14 @@ def test_llada_loads_a_hub_folder_written_by_hand(tmp_path):
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        got = model(input_ids=ids()).logits
-    torch.testing.assert_close(got, llada_reference(state, ids(), heads=3, theta=12345.0), atol=2e-5, rtol=1e-5)
+        got = model(input_ids=IDS).logits
+    torch.testing.assert_close(got, llada_reference(state, IDS, heads=3, theta=12345.0), atol=2e-5, rtol=1e-5)
     model.save_pretrained(tmp_path / "saved")
-    saved = tensors(tmp_path / "saved")
+    saved = saved_tensors(tmp_path / "saved")
     assert set(saved) == set(state) and all(torch.equal(saved[key], state[key]) for key in state)
 
 
-# ----------------------------------------------------------------------------------------------- the forwards
+# --------------------------------------------------------------------------------------------------------- the forward
 
 
 def llada_reference(state, input_ids, heads, theta, eps=1e-5):
@@ -279,184 +259,9 @@ def test_llada_forward_equals_plain_torch(tmp_path, attn):
     model = sharp_model("llada", dtype=torch.float32, attn_implementation=attn)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
-        got = model(input_ids=ids()).logits
-        padded = model(input_ids=ids(), attention_mask=torch.ones_like(ids())).logits
-    want = llada_reference(tensors(tmp_path), ids(), heads=2, theta=500_000.0)
+        got = model(input_ids=IDS).logits
+        padded = model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    want = llada_reference(saved_tensors(tmp_path), IDS, heads=2, theta=500_000.0)
     assert want.std() > 1
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(padded, want, atol=1e-5, rtol=1e-5)
-
-
-def test_dream_equals_bidirectional_qwen2(tmp_path):
-    """Same keys as Qwen2, bit-identical; the folder loads as either."""
-    model = sharp_model("dream", dtype=torch.float32)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "Dream" and config["is_causal"] is False and config["logits_shift"] == 1
-    assert set(tensors(tmp_path)) == set(model.state_dict())
-    qwen_config = Qwen2Config(**{k: v for k, v in config.items() if k not in ("model_type", "is_causal")})
-    qwen = Qwen2ForCausalLM(qwen_config).eval()
-    qwen.load_state_dict(tensors(tmp_path))
-    with torch.no_grad():
-        causal = qwen(input_ids=ids()).logits
-        qwen.config.is_causal = False
-        want, got = qwen(input_ids=ids()).logits, model(input_ids=ids()).logits
-    assert torch.equal(got, want)
-    assert (causal - want).abs().max() > 0.1
-    for auto in (AutoModel, AutoModelForCausalLM):
-        loaded = auto.from_pretrained(tmp_path).eval()
-        assert type(loaded) is DreamModel and type(loaded.config) is DreamConfig
-        with torch.no_grad():
-            assert torch.equal(loaded(input_ids=ids()).logits, got)
-
-
-def test_dream_strips_auto_map(tmp_path):
-    model = sharp_model("dream", dtype=torch.float32)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert "auto_map" not in config
-    remote = {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"}
-    (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": remote, "rope_theta": 77.0}))
-    again = AutoConfig.from_pretrained(tmp_path)
-    assert type(again) is DreamConfig and not getattr(again, "auto_map", None)
-    again.save_pretrained(tmp_path / "again")
-    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
-
-
-def test_dream_reads_the_hubs_rope_theta(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "Dream", "rope_theta": 1e6, "hidden_size": 64}))
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert config.rope_parameters["rope_theta"] == 1e6
-    assert (config.mask_token_id, config.eos_token_id, config.logits_shift) == (151666, 151643, 1)
-
-
-# ------------------------------------------------------------------------------------------------------- LoRA
-
-
-def test_lora_saves_loads_and_merges(tmp_path, family):
-    """all-linear; the merged model saves under the Hub's key names."""
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    base = sharp_model(family, dtype=torch.float32)
-    with torch.no_grad():
-        plain = base(input_ids=ids()).logits
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
-    model = peft.get_peft_model(base, config).eval()
-    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[1] for name, _ in model.named_parameters() if "lora_A" in name}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    with torch.no_grad():
-        want = model(input_ids=ids()).logits
-    assert (want - plain).abs().max() > 0.1
-    model.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(sharp_model(family, dtype=torch.float32), tmp_path / "adapter").eval()
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=ids()).logits, want)
-    again.merge_and_unload().save_pretrained(tmp_path / "merged")
-    if family == "llada":
-        assert set(tensors(tmp_path / "merged")) == HUB_KEYS
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(merged(input_ids=ids()).logits, want, atol=2e-3, rtol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------------------- spec
-
-
-def test_spec_of_the_families():
-    for family, shift in (("llada", 0), ("dream", 1)):
-        model, tokenizer = create_tiny_model(family, hidden_size=16, num_layers=1)
-        assert MaskedDiffusionSpec.from_model(model) == MaskedDiffusionSpec(3, shift, None)
-        assert MaskedDiffusionSpec.from_model(model, tokenizer).mask_token_id == tokenizer.mask_token_id
-
-
-def test_spec_of_a_stock_decoder_trained_as_a_diffusion_model():
-    """Any decoder with is_causal=False and a mask token; the tokenizer may be the one that names it."""
-    config = LlamaConfig(vocab_size=50, is_causal=False, mask_token_id=7, block_length=4)
-    assert MaskedDiffusionSpec.from_config(config) == MaskedDiffusionSpec(7, 0, 4)
-    _, tokenizer = create_tiny_model("llada", hidden_size=16, num_layers=1)
-    assert MaskedDiffusionSpec.from_config(LlamaConfig(vocab_size=50, is_causal=False), tokenizer).mask_token_id == 3
-
-
-class NoMask:
-    mask_token_id = None
-
-
-class OtherMask:
-    mask_token_id = 9
-
-
-@pytest.mark.parametrize(
-    ("config", "tokenizer", "match"),
-    [
-        (
-            LlamaConfig(mask_token_id=7),
-            None,
-            "model_type='llama'.*is_causal.*autoregressive.*config.is_causal = False",
-        ),
-        (Qwen2Config(mask_token_id=7, is_causal=True), None, "is_causal=True.*autoregressive.*set config.is_causal"),
-        (LlamaConfig(is_causal=False), None, "mask_token_id is missing.*'llama'.*Set config.mask_token_id"),
-        (LlamaConfig(is_causal=False), NoMask, "mask_token_id is missing.*Set config.mask_token_id"),
-        (
-            LlamaConfig(is_causal=False, mask_token_id=7),
-            OtherMask,
-            "mask_token_id=7.*id 9.*checkpoint's own tokenizer",
-        ),
-        (LlamaConfig(is_causal=False, mask_token_id=50, vocab_size=50), None, "mask_token_id=50.*50 tokens.*resize"),
-        (LlamaConfig(is_causal=False, mask_token_id=-1), None, "mask_token_id=-1.*name the right token"),
-        (LlamaConfig(is_causal=False, vocab_size=5), OtherMask, "mask_token_id=9.*vocabulary of 5"),
-        (
-            Gemma2Config(is_causal=False, mask_token_id=4),
-            None,
-            "final_logit_softcapping=30.0 is not supported.*logits",
-        ),
-        (LlamaConfig(is_causal=False, mask_token_id=4, logit_scale=0.06), None, "logit_scale=0.06 is not supported"),
-        (LlamaConfig(is_causal=False, mask_token_id=4, logits_shift=2), None, "logits_shift=2.*0.*or 1"),
-    ],
-)
-def test_spec_errors_name_field_value_and_remedy(config, tokenizer, match):
-    with pytest.raises(ValueError, match=match):
-        MaskedDiffusionSpec.from_config(config, tokenizer)
-
-
-def test_diffusion_gemma_is_refused():
-    """Uniform noise: there is no mask token."""
-    with pytest.raises(NotImplementedError, match=r"model_type='diffusion_gemma'.*no mask token.*LLaDA"):
-        MaskedDiffusionSpec.from_config(DiffusionGemmaConfig())
-
-
-def test_a_scale_of_one_is_no_transformation():
-    assert MaskedDiffusionSpec.from_config(
-        LlamaConfig(is_causal=False, mask_token_id=4, logit_scale=1.0, final_logit_softcapping=None)
-    )
-
-
-# ------------------------------------------------------------------------------------------------ tiny models
-
-
-def test_tiny_models_repeat_and_leave_the_global_generator_alone(family):
-    state = torch.get_rng_state()
-    (a, _), (b, _), (c, _) = (create_tiny_model(family, hidden_size=32, num_layers=1, seed=s) for s in (4, 4, 5))
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert not torch.equal(a.lm_head.weight, c.lm_head.weight)
-
-
-def test_tiny_tokenizer_round_trip(tmp_path):
-    model, tokenizer = create_tiny_model("llada", hidden_size=16, num_layers=1)
-    text = "What's 3 + 4?\n<answer>7</answer> {~}"
-    tokenizer.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    encoded = again(text)["input_ids"]
-    assert encoded == tokenizer(text)["input_ids"] and len(encoded) == len(text)
-    assert again.decode(encoded) == text and again.padding_side == "left"
-    assert again.mask_token_id == model.config.mask_token_id == 3 and len(again) == model.config.vocab_size
-    assert (
-        len({again.pad_token_id, again.eos_token_id, again.bos_token_id, again.mask_token_id, again.unk_token_id}) == 5
-    )
-
-
-def test_tiny_model_errors():
-    with pytest.raises(ValueError, match=r"family='gpt'.*dream.*llada"):
-        create_tiny_model("gpt")
-    with pytest.raises(ValueError, match=r"hidden_size=40.*multiple of 16"):
-        create_tiny_model(hidden_size=40)
