@@ -203,6 +203,11 @@ def enumerate_trajectories(
     return out
 
 
+def probabilities(trajectories: list[Trajectory]) -> torch.Tensor:
+    """Probability of each trajectory."""
+    return torch.tensor([t.order_prob * t.log_prob.exp().item() for t in trajectories], dtype=torch.float64)
+
+
 def trajectories_rollout(model: TableModel, trajectories: list[Trajectory], **kwargs) -> Rollout:
     """The trajectories as the rows of a rollout with an empty prompt."""
     tokens = torch.tensor([t.tokens for t in trajectories])
@@ -339,6 +344,107 @@ def slow_step_merge(model, rollout: Rollout, segments: int | None, shift: int, t
             p = token_distribution(cache[cut][len(prompt) + i - shift], mask, temperature)
             logps[row][i] = p[tokens[i]].log()
             entropies[row][i] = -sum(q * q.log() for v, q in enumerate(p) if v != mask)
+    return torch.stack([torch.stack(r) for r in logps]), torch.stack([torch.stack(r) for r in entropies])
+
+
+# -------------------------------------------------------------------------------------------------- views of a rollout
+
+
+def hits(estimator, rollout: Rollout, n: int, iteration: int = 0) -> torch.Tensor:
+    """Positions that view n scores, bool (B, L); its targets are the canvas's tokens."""
+    view = estimator.view(rollout, n, rollout.view_seed, iteration)
+    chosen = view.targets != -100
+    out = torch.zeros_like(rollout.counted, dtype=torch.int64)
+    out.scatter_add_(1, view.index, chosen.long())
+    assert out.max() <= 1
+    tokens = rollout.completion_ids.gather(1, view.index)
+    assert torch.equal(view.targets[chosen], tokens[chosen])
+    return out.bool()
+
+
+def canvas_of(estimator, rollout: Rollout, n: int, iteration: int = 0) -> torch.Tensor:
+    """What view n shows of the canvas, (B, L)."""
+    view = estimator.view(rollout, n, rollout.view_seed, iteration)
+    return view.input_ids[:, rollout.prompt_ids.shape[1] :]
+
+
+def masked_score(model, rollout: Rollout, row: int, chosen, shift, temperature=1.0, logits=full_logits):
+    """log p(y_i | the row's canvas without `chosen`), for each i of `chosen`; with a graph."""
+    prompt, tokens = unpadded(rollout, row), rollout.completion_ids[row].tolist()
+    canvas = [rollout.mask_token_id if i in chosen else t for i, t in enumerate(tokens)]
+    out = logits(model, prompt + canvas)
+    return {
+        i: token_distribution(out[len(prompt) + i - shift], rollout.mask_token_id, temperature)[tokens[i]].log()
+        for i in sorted(chosen)
+    }
+
+
+def assemble(rollout: Rollout, scores: dict) -> torch.Tensor:
+    """The dictionary {(row, position): log-prob} as (B, L)."""
+    zero = torch.zeros((), dtype=torch.float64)
+    rows, canvas = rollout.completion_ids.shape
+    return torch.stack([torch.stack([scores.get((r, i), zero) for i in range(canvas)]) for r in range(rows)])
+
+
+def slow_views(
+    model, rollout: Rollout, estimator, shift: int, temperature: float = 1.0, logits=full_logits, iteration: int = 0
+) -> torch.Tensor:
+    """Every view's set, read off its targets, scored one row at a time: log-probs (B, L) with a graph."""
+    scores = {}
+    for n in range(estimator.num_views(rollout)):
+        chosen = hits(estimator, rollout, n, iteration)
+        for row in range(len(rollout)):
+            members = chosen[row].nonzero().flatten().tolist()
+            if members:
+                for i, value in masked_score(model, rollout, row, members, shift, temperature, logits).items():
+                    assert (row, i) not in scores, "a position was scored twice"
+                    scores[row, i] = value
+    return assemble(rollout, scores)
+
+
+def codes(table: torch.Tensor) -> torch.Tensor:
+    """Each row of a bool table (B, L) as a number."""
+    return (table.long() * 2 ** torch.arange(table.shape[1])).sum(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------- any-order models
+
+
+def next_logits(model, prompt: list[int], before: list[tuple[int, int]], positions: list[int]) -> torch.Tensor:
+    """Logits (n, V), float64: what an any-order model says of each of `positions` after (position, token)s in order.
+
+    A row is prompt, tokens in their order, one mask. The prompt sees the prompt; the others also what stands before
+    them. The rows share everything but the mask's position, so none of them is padded.
+    """
+    ids = prompt + [token for _, token in before] + [model.config.mask_token_id]
+    size, dtype = len(ids), model.dtype
+    seen = [[k < len(prompt) or k <= q for k in range(size)] for q in range(size)]
+    for q in range(len(prompt)):
+        seen[q] = [k < len(prompt) for k in range(size)]
+    bias = torch.tensor([[0.0 if s else torch.finfo(dtype).min for s in line] for line in seen], dtype=dtype)
+    places = list(range(len(prompt))) + [len(prompt) + position for position, _ in before]
+    inputs = {
+        "input_ids": torch.tensor([ids] * len(positions)),
+        "position_ids": torch.tensor([[*places, len(prompt) + position] for position in positions]),
+        "attention_mask": bias.expand(len(positions), 1, -1, -1),
+    }
+    return model(**inputs, use_cache=False).logits[:, -1].double()
+
+
+def slow_any_order(model, rollout: Rollout, temperature: float = 1.0):
+    """The exact any-order likelihood one token at a time: log-probs and entropies, (B, L), with a graph."""
+    zero, mask = torch.zeros((), dtype=torch.float64), rollout.mask_token_id
+    logps, entropies = [], []
+    for row in range(len(rollout)):
+        tokens, steps = rollout.completion_ids[row].tolist(), rollout.unmask_step[row].tolist()
+        order = sorted((i for i, s in enumerate(steps) if s >= 0), key=lambda i: (steps[i], i))
+        logps.append([zero] * len(tokens))
+        entropies.append([zero] * len(tokens))
+        for i in order:
+            before = [(j, tokens[j]) for j in order if steps[j] < steps[i]]
+            p = token_distribution(next_logits(model, unpadded(rollout, row), before, [i])[0], mask, temperature)
+            logps[-1][i] = p[tokens[i]].log()
+            entropies[-1][i] = -sum(q * q.log() for v, q in enumerate(p) if v != mask)
     return torch.stack([torch.stack(r) for r in logps]), torch.stack([torch.stack(r) for r in entropies])
 
 

@@ -3,6 +3,7 @@
 Import it as `from helpers_grpo import …`; pytest puts this folder on the path.
 """
 
+import copy
 import gc
 from collections import defaultdict
 
@@ -13,7 +14,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, Rollout
-from trl_dllm.likelihood import Estimator, token_logps
+from trl_dllm.likelihood import Estimator, TokenScores, token_logps
 from trl_dllm.models import create_tiny_model
 
 
@@ -151,8 +152,8 @@ def as_rollout(trainer, inputs) -> Rollout:
 class OneGraphTrainer(DiffusionGRPOTrainer):
     """The control: TRL's loss on one graph through all views."""
 
-    def _segmented_loss(self, model, inputs, perturbed, draw, views, loss):
-        return loss(self._score_views(model, perturbed, draw, views))
+    def _segmented_loss(self, model, inputs, views, score, loss):
+        return loss(TokenScores.sum(map(score, range(views))), record=True)
 
 
 class CountingTrainer(DiffusionGRPOTrainer):
@@ -183,16 +184,9 @@ class CheckedTrainer(CountingTrainer):
     backward pass are on the other side of the comparison.
     """
 
-    _oracle = None
-
     def __init__(self, *args, **kwargs):
         self.gradient_errors, self.loss_errors, self.largest = [], [], []
         super().__init__(*args, **kwargs)
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        if self._oracle is not None:
-            return self._oracle.logps, self._oracle.entropies, None
-        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _one_graph(self, model, inputs):
         draws = inputs["old_per_token_logps"].shape[1] if "old_per_token_logps" in inputs else self.num_iterations
@@ -202,7 +196,7 @@ class CheckedTrainer(CountingTrainer):
             draws == (self.num_iterations if self.args.p_mask_prompt > 0 else 1) or "old_per_token_logps" not in inputs
         )
         sliced = {k: v[:, min(iteration, v.shape[1] - 1)] for k, v in stacked.items()}
-        self._oracle = token_logps(
+        scores = token_logps(
             model,
             as_rollout(self, inputs),
             self.estimator,
@@ -211,11 +205,9 @@ class CheckedTrainer(CountingTrainer):
             p_mask_prompt=self.args.p_mask_prompt,
             differentiable_entropy=True,
         )
-        metrics, self._metrics = self._metrics, defaultdict(lambda: defaultdict(list))
-        try:
-            loss = GRPOTrainer._compute_loss(self, model, {**inputs, **sliced})
-        finally:
-            self._oracle, self._metrics = None, metrics
+        quiet = copy.copy(self)
+        quiet._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        loss = GRPOTrainer._compute_loss(quiet, scores, {**inputs, **sliced})
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return loss.detach(), [

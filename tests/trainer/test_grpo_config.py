@@ -14,7 +14,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_dllm.likelihood import ExactTrajectory, MeanField, StepMerge
-from trl_dllm.trainer.grpo_trainer import check_trl
+from trl_dllm.trainer.grpo_trainer import _OVERRIDDEN as OVERRIDDEN
+from trl_dllm.trainer.stock import check_trl
 
 
 # field and value(s) -> (the value as the message must show it, a word of the remedy)
@@ -210,20 +211,20 @@ def test_arguments_of_another_trainer_are_refused(tmp_path, checkpoint, no_weigh
 
 
 def test_a_trl_whose_methods_moved_is_refused_by_name(monkeypatch):
-    check_trl()
+    check_trl(GRPOTrainer, OVERRIDDEN)
 
     class Moved(GRPOTrainer):
         def _compute_loss(self, model, batch):
             pass
 
     with pytest.raises(RuntimeError, match=r"Moved._compute_loss has no parameter 'inputs'.*Install trl"):
-        check_trl(Moved)
+        check_trl(Moved, OVERRIDDEN)
 
     class Gone:
         pass
 
     with pytest.raises(RuntimeError, match=r"Gone._generate does not exist"):
-        check_trl(Gone)
+        check_trl(Gone, OVERRIDDEN)
 
 
 # ------------------------------------------------------------------------------------------------------------ defaults

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..models import NEVER, Attention, apply_head, attention_mask, order_levels, unwrap
+from ..models import NEVER, Attention, Layout, apply_head, order_levels, unwrap, view_inputs
 from .denoising import Denoising
 
 
@@ -74,15 +74,9 @@ class CachedAnyOrderDecoding(Denoising):
         self.level[:, :width] = torch.zeros_like(self.prompt_ids).masked_fill(~self.prompt_mask, NEVER)
 
     def _run(self, ids, positions, pattern, head_rows, reduce, keys, *args) -> Tensor:
-        model = unwrap(self.model)
-        with _dense_attention(model) as implementation:
-            inputs = {
-                "input_ids": ids,
-                "position_ids": positions,
-                "attention_mask": attention_mask(pattern, implementation, model.dtype, dense=True),
-                "past_key_values": self.cache,
-                "use_cache": True,
-            }
+        layout = Layout(ids, positions, pattern)
+        with _dense_attention(unwrap(self.model)):
+            inputs = view_inputs(self.model, layout, dense=True) | {"past_key_values": self.cache, "use_cache": True}
             out = apply_head(self.model, inputs, head_rows, reduce, *args)
         self.num_forwards += 1
         self.flops += self.count_flops(len(ids), ids.shape[1], keys, len(head_rows))
@@ -153,7 +147,7 @@ def _dense_attention(model: nn.Module):
     if before == "flex_attention":
         model.config._attn_implementation = "sdpa"
     try:
-        yield model.config._attn_implementation
+        yield
     finally:
         model.config._attn_implementation = before
 

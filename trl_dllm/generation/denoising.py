@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..models import Attention, ForwardFlops, apply_head, attention_mask, log_probs, unwrap
+from ..models import Attention, ForwardFlops, Layout, apply_head, log_probs, unwrap, view_inputs
 from ..noise import Purpose, uniform
 from ..rollout import Rollout, count_until_eos
 from .order import draw_tokens, measure, reveal
@@ -106,12 +106,7 @@ class Denoising:
             ids = torch.cat([ids, torch.cat([masked, tokens], dim=1)])
             pattern, positions = Attention(pattern.level.repeat(2, 1)), positions.repeat(2, 1)
             head_rows = torch.stack([head_rows, head_rows + len(rows) * width], dim=1)
-        model = unwrap(self.model)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": attention_mask(pattern, model.config._attn_implementation, model.dtype),
-            "position_ids": positions,
-        }
+        inputs = view_inputs(self.model, Layout(ids, positions, pattern))
         self.num_forwards += 1
         self.flops += self.count_flops(len(ids), width, width, head_rows.numel())
         return apply_head(self.model, inputs, head_rows, reduce, *args)

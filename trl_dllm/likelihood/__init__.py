@@ -3,7 +3,7 @@
 from .any_order import AnyOrder
 from .elbo import CoupledElbo, Elbo
 from .pseudo import BlockPseudoLikelihood, PseudoLikelihood, TrajectoryPseudoLikelihood
-from .score import Reference, TokenScores, check_estimator, score_view, token_logps
+from .score import Reference, TokenScores, check_estimator, counted_view, score_view, token_logps
 from .trajectory import ExactTrajectory, MeanField, StepMerge
 from .view import Estimator, View, perturb_prompt
 
@@ -37,6 +37,7 @@ __all__ = [
     "TrajectoryPseudoLikelihood",
     "View",
     "check_estimator",
+    "counted_view",
     "perturb_prompt",
     "score_view",
     "token_logps",

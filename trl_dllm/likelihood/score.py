@@ -1,12 +1,14 @@
 """Running views through a model: per-token log-probs and entropies of a rollout's completions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor, nn
 
-from ..models import MaskedDiffusionSpec, apply_head, attention_mask, entropy, log_probs, unwrap
+from ..models import MaskedDiffusionSpec, apply_head, entropy, log_probs, view_inputs
 from ..rollout import Rollout
 from .view import IGNORE, Estimator, View, perturb_prompt
 
@@ -37,6 +39,11 @@ class TokenScores:
         kls = None if self.kls is None else self.kls + other.kls
         return TokenScores(self.logps + other.logps, self.entropies + other.entropies, self.scored | other.scored, kls)
 
+    @staticmethod
+    def sum(parts: Iterable["TokenScores"]) -> "TokenScores":
+        """Scores of all views together; there is at least one."""
+        return reduce(add, parts)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenScores":
         """The same with `function` applied to each of the real-valued tables."""
         kls = None if self.kls is None else function(self.kls)
@@ -58,7 +65,7 @@ def score_view(
     differentiable_entropy: bool = False,
     reference: Reference | None = None,
 ) -> TokenScores:
-    """Score one view: one forward, or one for each `batch_size` rows. `canvas` is L.
+    """Score one view: one forward, or one for each `batch_size` rows. `canvas_length` is L.
 
     The log-probs and KLs carry gradients where they are enabled; the entropies only if `differentiable_entropy`. With
     a `reference`, it is run on the same view without gradients, and its logits are made a tile at a time beside the
@@ -66,21 +73,15 @@ def score_view(
     """
     rows = view.input_ids.shape[0]
     batch_size = batch_size or rows
-    implementation = unwrap(model).config._attn_implementation
     parts = []
     for start in range(0, rows, batch_size):
         part = view[start : start + batch_size]
         chosen = (part.targets != IGNORE).flatten().nonzero().squeeze(1)
-        inputs = {
-            "input_ids": part.input_ids,
-            "attention_mask": attention_mask(part.attention, implementation, unwrap(model).dtype),
-            "position_ids": part.position_ids,
-        }
-
+        inputs = view_inputs(model, part)
         rows_scored = chosen - spec.logits_shift
         hidden, project = (None, None) if reference is None else reference(inputs, rows_scored)
 
-        def reduce(logits: Tensor, target: Tensor, other: Tensor | None = None, project=project) -> Tensor:
+        def statistics(logits: Tensor, target: Tensor, other: Tensor | None = None, project=project) -> Tensor:
             log_p = log_probs(logits, spec.mask_token_id, temperature)
             token = log_p.gather(1, target[:, None]).squeeze(1)
             columns = [token, entropy(log_p if differentiable_entropy else log_p.detach())]
@@ -93,7 +94,7 @@ def score_view(
         # In a shifted family the row before a position predicts it. Targets stand behind at least one prompt token
         # there (see `token_logps`), so the row before never belongs to the previous sequence.
         row_args = (part.targets.flatten()[chosen],) + (() if hidden is None else (hidden,))
-        scores = apply_head(model, inputs, rows_scored, reduce, *row_args)
+        scores = apply_head(model, inputs, rows_scored, statistics, *row_args)
         scores = scores * part.weight.flatten()[chosen, None].to(scores.dtype)
         width = view.input_ids.shape[1]
         place = chosen // width * canvas_length + part.index.flatten()[chosen]
@@ -105,6 +106,16 @@ def score_view(
     table = torch.cat([part[0] for part in parts])
     kls = None if reference is None else table[..., 2]
     return TokenScores(table[..., 0], table[..., 1], torch.cat([part[1] for part in parts]), kls)
+
+
+def counted_view(estimator: Estimator, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
+    """View n of a rollout, without targets at positions that the loss does not count.
+
+    They would cost head rows, and an improbable token behind the EOS would overflow exp(reference - policy), whose
+    product with TRL's mask is NaN and not 0.
+    """
+    view = estimator.view(rollout, n, seeds, iteration)
+    return replace(view, targets=view.targets.masked_fill(~rollout.counted.gather(1, view.index), IGNORE))
 
 
 def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusionSpec) -> None:
@@ -163,10 +174,9 @@ def token_logps(
     seeds = rollout.view_seed if seeds is None else seeds
     temperature = rollout.temperature if temperature is None else temperature
     rollout = perturb_prompt(rollout, p_mask_prompt, seeds, iteration)
-    total = None
-    for n in range(estimator.num_views(rollout)):
-        view = estimator.view(rollout, n, seeds, iteration)
-        canvas_length = rollout.completion_ids.shape[1]
-        scores = score_view(model, view, canvas_length, spec, temperature, batch_size, differentiable_entropy)
-        total = scores if total is None else total + scores
-    return replace(total, scored=estimator.scored(rollout, seeds, iteration))
+    canvas_length = rollout.completion_ids.shape[1]
+    views = (counted_view(estimator, rollout, n, seeds, iteration) for n in range(estimator.num_views(rollout)))
+    scores = TokenScores.sum(
+        score_view(model, view, canvas_length, spec, temperature, batch_size, differentiable_entropy) for view in views
+    )
+    return replace(scores, scored=estimator.scored(rollout, seeds, iteration) & rollout.counted)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..models.attention import Attention
+from ..models.attention import Attention, Layout
 from ..noise import Purpose, uniform
 from ..rollout import Rollout
 
@@ -19,21 +19,15 @@ IGNORE = -100
 
 
 @dataclass(frozen=True)
-class View:
-    """One model input and the tokens that are scored on it.
+class View(Layout):
+    """One model input (`input_ids`, `position_ids` and `attention`, as in `Layout`) and the tokens scored on it.
 
     Args:
-        input_ids (`Tensor` of shape (B, S), int64): what the model sees.
-        position_ids (`Tensor` of shape (B, S), int64): counted without left padding.
-        attention (`Attention`): which columns each row attends to.
         targets (`Tensor` of shape (B, S), int64): the token to score at that row, -100 for none.
         index (`Tensor` of shape (B, S), int64): the completion position that the target belongs to.
         weight (`Tensor` of shape (B, S), float): what its log-prob counts for; several views of a position are summed.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    attention: Attention
     targets: Tensor
     index: Tensor
     weight: Tensor

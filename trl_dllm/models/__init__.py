@@ -7,7 +7,7 @@ Hub checkpoints without remote code.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from .attention import NEVER, Attention, attention_mask, order_levels
+from .attention import NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
 from .dream import DreamConfig, DreamModel
 from .flops import ForwardFlops
 from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, unwrap
@@ -26,6 +26,7 @@ __all__ = [
     "ForwardFlops",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "Layout",
     "MaskedDiffusionSpec",
     "apply_head",
     "attention_mask",
@@ -35,6 +36,7 @@ __all__ = [
     "log_probs",
     "order_levels",
     "unwrap",
+    "view_inputs",
 ]
 
 for _config, _model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):

@@ -8,7 +8,9 @@ empty softmax is NaN. Patterns stay two small vectors until the model is called.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .head import unwrap
 
 
 NEVER = torch.iinfo(torch.int64).max
@@ -47,6 +49,21 @@ class Attention:
         return (self.level[:, None, :] <= reach[:, :, None]) | (column[..., None] == columns)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a model is run on.
+
+    Args:
+        input_ids (`Tensor` of shape (B, S), int64): what the model sees.
+        position_ids (`Tensor` of shape (B, S), int64): counted without left padding.
+        attention (`Attention`): which columns each row attends to.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention: Attention
+
+
 def order_levels(unmask_step: Tensor) -> tuple[Tensor, Tensor]:
     """The order of a canvas as levels: (level of each token, highest level below each token's step), (B, L) each.
 
@@ -56,6 +73,20 @@ def order_levels(unmask_step: Tensor) -> tuple[Tensor, Tensor]:
     position = torch.arange(canvas_length, device=unmask_step.device)
     level = (1 + unmask_step * canvas_length + position).masked_fill(unmask_step < 0, NEVER)
     return level, (unmask_step * canvas_length).clamp(min=0)
+
+
+def view_inputs(model: nn.Module, layout: Layout, dense: bool = False) -> dict:
+    """The arguments of a model's forward for a layout, a `View` included: the one path from here to a model.
+
+    With `dense` the attention is a mask of every (row, column) even where padding is all that it hides.
+    """
+    bare = unwrap(model)
+    implementation = bare.config._attn_implementation
+    return {
+        "input_ids": layout.input_ids,
+        "attention_mask": attention_mask(layout.attention, implementation, bare.dtype, dense),
+        "position_ids": layout.position_ids,
+    }
 
 
 def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype, dense: bool = False):

@@ -35,9 +35,10 @@ from ..likelihood import (
     StepMerge,
     TrajectoryPseudoLikelihood,
     check_estimator,
+    counted_view,
 )
 from ..likelihood.view import IGNORE, View
-from ..models import ForwardFlops, MaskedDiffusionSpec, apply_head, attention_mask, hidden_rows, log_probs, unwrap
+from ..models import ForwardFlops, MaskedDiffusionSpec, apply_head, hidden_rows, log_probs, unwrap, view_inputs
 from ..rollout import Rollout
 
 
@@ -139,21 +140,13 @@ class _Run:
 
     def parts(self, estimator: Estimator) -> Iterable[tuple[int, dict, Tensor, View]]:
         """(first row, model inputs, scored columns, view) of each forward; uncounted positions are not scored."""
-        rollout, bare = self.rollout, unwrap(self.model)
+        rollout = self.rollout
         for n in range(estimator.num_views(rollout)):
-            view = estimator.view(rollout, n, rollout.view_seed, 0)
+            view = counted_view(estimator, rollout, n, rollout.view_seed, 0)
             for start in range(0, len(rollout), self.batch_size):
                 part = view[start : start + self.batch_size]
-                counted = rollout.counted[start : start + self.batch_size].gather(1, part.index)
-                chosen = ((part.targets != IGNORE) & counted).flatten().nonzero().squeeze(1)
-                inputs = {
-                    "input_ids": part.input_ids,
-                    "attention_mask": attention_mask(
-                        part.attention, bare.config._attn_implementation, next(bare.parameters()).dtype
-                    ),
-                    "position_ids": part.position_ids,
-                }
-                yield start, inputs, chosen, part
+                chosen = (part.targets != IGNORE).flatten().nonzero().squeeze(1)
+                yield start, view_inputs(self.model, part), chosen, part
 
     def place(self, start: int, chosen: Tensor, view: View) -> Tensor:
         """Number of each chosen column's position among the rollout's B·L."""

@@ -30,7 +30,7 @@ def segmented_backward(
     loss: Loss,
     backward: Callable[[Tensor], None],
     defer_sync: Callable[[], AbstractContextManager],
-    filler: Tensor | None,
+    elsewhere: Tensor | None,
 ) -> Tensor:
     """Back-propagate a loss through all views but the last, and return a scalar that completes it.
 
@@ -41,16 +41,16 @@ def segmented_backward(
         backward (`Callable`): back-propagates a scalar, without an optimizer step.
         defer_sync (`Callable`): context in which gradients are accumulated without being synchronised between
             processes.
-        filler (`Tensor` of shape (B, L), *optional*): for a token-separable loss, log-probs to put where a view scores
-            nothing (the old policy's: ratio 1); None if the loss is not separable, and a first pass is needed.
+        elsewhere (`Tensor` of shape (B, L), *optional*): for a token-separable loss, the log-probs that stand where a
+            view scores nothing (the old policy's: ratio 1); None if the loss is not separable: it needs a first pass.
 
     Returns:
         A scalar with the value of the whole loss and the gradient of the last view's part.
     """
-    separable = filler is not None
+    separable = elsewhere is not None
     if not separable:
         with torch.no_grad():
-            everything = _sum(score(n) for n in range(num_views))
+            everything = TokenScores.sum(score(n) for n in range(num_views))
         value, slopes = _slopes(loss, everything, record=True)
     seen = None
     for n in range(num_views):
@@ -62,7 +62,7 @@ def segmented_backward(
                 seen = detached if seen is None else seen + detached
                 # What other views score stands at ratio 1, so that its loss is finite; the view itself is 0 there, and
                 # so is what these entries' slopes are multiplied with.
-                here = replace(detached, logps=torch.where(scores.scored, detached.logps, filler))
+                here = replace(detached, logps=torch.where(scores.scored, detached.logps, elsewhere))
                 _, slopes = _slopes(loss, here, record=False)
             surrogate = sum(
                 (slope * table).sum()
@@ -75,13 +75,6 @@ def segmented_backward(
         with torch.no_grad():
             value = loss(seen, True)
     return surrogate + (value - surrogate).detach()
-
-
-def _sum(parts) -> TokenScores:
-    total = None
-    for part in parts:
-        total = part if total is None else total + part
-    return total
 
 
 def _slopes(loss: Loss, scores: TokenScores, record: bool) -> tuple[Tensor, list[Tensor]]:

@@ -16,17 +16,34 @@ from typing import ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ..likelihood import View, score_view
 from ..likelihood.view import IGNORE
-from ..models import NEVER, Attention, MaskedDiffusionSpec, unwrap
+from ..models import NEVER, Attention, MaskedDiffusionSpec
 from ..models.spec import check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
 from .model_card import rewrite_quick_start
 from .sft_config import DiffusionSFTConfig
+from .stock import (
+    Interface,
+    check_trl,
+    hub_kwargs,
+    own_config,
+    read_config,
+    refuse_processor,
+    refuse_prompt_learning,
+)
+
+
+_OVERRIDDEN: Interface = {
+    "get_batch_samples": (),
+    "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
+    "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
+    "create_model_card": ("model_name", "dataset_name", "tags"),
+}
 
 
 @dataclass
@@ -205,43 +222,36 @@ class DiffusionSFTTrainer(SFTTrainer):
     ```
     """
 
+    args: DiffusionSFTConfig
     _tag_names: ClassVar[list[str]] = ["trl", "sft", "trl-dllm", "masked-diffusion"]
     _name = "Diffusion SFT"
     loss_is_scaled_for_ga = True
 
     def __init__(self, model, args=None, *positional, **kwargs):
-        if args is None:
-            name = model if isinstance(model, str) else unwrap(model).config._name_or_path
-            args = DiffusionSFTConfig(f"{(name or 'model').split('/')[-1]}-SFT")
-        elif not isinstance(args, DiffusionSFTConfig):
-            if not isinstance(args, SFTConfig):
-                raise TypeError(f"args must be a DiffusionSFTConfig, got {type(args).__name__}.")
-            args = DiffusionSFTConfig.from_stock(args)
+        check_trl(SFTTrainer, _OVERRIDDEN)
+        args = own_config(args, DiffusionSFTConfig, SFTConfig, model, "SFT")
         bound = inspect.signature(SFTTrainer.__init__).bind_partial(None, model, args, *positional, **kwargs)
         given = bound.arguments
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if given.get(name) is not None:
                 raise ValueError(f"{name} does not apply to diffusion SFT: logits never exist in full. Remove it.")
-        self._check_peft(model, given.get("peft_config"), args)
+        refuse_prompt_learning(model, given.get("peft_config"))
+        adapter = given.get("peft_config") or getattr(model, "active_peft_config", None)
+        if adapter is not None and args.trainable_modules is not None:
+            raise ValueError(
+                f"trainable_modules={args.trainable_modules} together with an adapter: an adapter trains its own "
+                "weights. Name the modules in the adapter's target_modules instead."
+            )
         collator = given.get("data_collator")
         if collator is not None and (args.canvas_length or args.block_length):
             raise ValueError(
                 f"canvas_length={args.canvas_length}, block_length={args.block_length}: a data_collator of your own "
                 "has to fill the answers itself. Remove one or the other."
             )
-        if isinstance(model, str):
-            options = args.model_init_kwargs or {}
-            options = {"revision": options.get("revision"), "trust_remote_code": args.trust_remote_code}
-            if given.get("processing_class") is None:
-                given["processing_class"] = AutoProcessor.from_pretrained(model, **options)
-            config = AutoConfig.from_pretrained(model, **options)
-        else:
-            config = unwrap(model).config
-        if isinstance(given.get("processing_class"), ProcessorMixin):
-            raise ValueError(
-                f"processing_class={type(given['processing_class']).__name__} is a multimodal processor; only text "
-                "models are supported. Pass the model's tokenizer."
-            )
+        if isinstance(model, str) and given.get("processing_class") is None:
+            given["processing_class"] = AutoProcessor.from_pretrained(model, **hub_kwargs(args))
+        config = read_config(model, args)
+        refuse_processor(given.get("processing_class"))
         if given.get("processing_class") is not None:
             spec = MaskedDiffusionSpec.from_config(config, given["processing_class"])
             if args.objective == "any_order":
@@ -273,20 +283,6 @@ class DiffusionSFTTrainer(SFTTrainer):
             freeze_all_but(self.model, trainable)
             if args.gradient_checkpointing:  # reentrant checkpointing gives no gradient behind frozen embeddings
                 self.model.enable_input_require_grads()
-
-    @staticmethod
-    def _check_peft(model, peft_config, args: DiffusionSFTConfig) -> None:
-        adapter = peft_config or getattr(model, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning:
-            raise ValueError(
-                f"peft_config={type(adapter).__name__} puts virtual tokens before the prompt, which moves every row "
-                "that the scorer reads. Use LoRA."
-            )
-        if adapter is not None and args.trainable_modules is not None:
-            raise ValueError(
-                f"trainable_modules={args.trainable_modules} together with an adapter: an adapter trains its own "
-                "weights. Name the modules in the adapter's target_modules instead."
-            )
 
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of an optimizer step and, as TRL's `num_items_in_batch`, their rows over all processes."""

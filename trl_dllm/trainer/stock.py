@@ -1,10 +1,41 @@
-"""What the trainers' configs share: refusing options of TRL that do not apply, and taking over a stock config."""
+"""What every trainer here does with TRL: refuse what does not apply, take over its configs, and check its methods."""
 
-from dataclasses import fields
+import inspect
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
+
+from ..models import unwrap
 
 
 # field -> (accepted values, why it does not apply and what to do instead)
 Refused = dict[str, tuple[tuple, str]]
+
+# method -> the parameters that an override relies on
+Interface = dict[str, tuple[str, ...]]
+
+Config = TypeVar("Config")
+
+
+def check_trl(trainer_class: type, interface: Interface) -> None:
+    """Raise RuntimeError unless the installed TRL's trainer has the methods that are overridden here."""
+    for name, parameters in interface.items():
+        method = getattr(trainer_class, name, None)
+        found = list(inspect.signature(method).parameters) if method else []
+        missing = [parameter for parameter in parameters if parameter not in found]
+        if method is None or missing:
+            import trl
+
+            raise RuntimeError(
+                f"trl {trl.__version__}: {trainer_class.__name__}.{name} "
+                + (f"has no parameter {missing[0]!r}" if method else "does not exist")
+                + "; trl_dllm overrides it and would silently train something else. Install trl>=1.15,<2."
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
 
 
 def refuse(config, refused: Refused, what: str) -> None:
@@ -14,13 +45,76 @@ def refuse(config, refused: Refused, what: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)!r} does not apply to {what}: {why}.")
 
 
-def take_over(cls, stock_cls, args):
+def take_over(cls: type[Config], stock_cls: type, args) -> Config:
     """A config of `cls` with a stock one's values and the diffusion fields at their defaults; not validated yet."""
     # Not rebuilt from its fields: TRL's __post_init__ has resolved some of them and would refuse its own result.
     config = object.__new__(cls)
     config.__dict__.update(args.__dict__)
     stock = {f.name for f in fields(stock_cls)}
-    for f in fields(cls):
+    for f in fields(cls):  # type: ignore[arg-type]  # a TypeVar cannot be bound to "a dataclass"
         if f.name not in stock:
-            setattr(config, f.name, f.default)
+            setattr(config, f.name, f.default if f.default_factory is MISSING else f.default_factory())
     return config
+
+
+def own_config(args, config_class: type[Config], stock_class: type, model, suffix: str) -> Config:
+    """The trainer's `args`: as given, made of a stock config, or the defaults, as TRL names their output folder."""
+    if args is None:
+        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        return config_class(f"{(name or 'model').split('/')[-1]}-{suffix}")  # type: ignore[call-arg]  # output_dir
+    if isinstance(args, config_class):
+        return args
+    if isinstance(args, stock_class):
+        return config_class.from_stock(args)  # type: ignore[attr-defined]  # every config here has it
+    raise TypeError(f"args must be a {config_class.__name__}, got {type(args).__name__}.")
+
+
+# ------------------------------------------------------------------------------------------------ models and arguments
+
+
+def refuse_processor(processing_class) -> None:
+    """Raise ValueError for a multimodal processor."""
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"processing_class={type(processing_class).__name__} is a multimodal processor; only text models are "
+            "supported. Pass the model's tokenizer."
+        )
+
+
+def refuse_prompt_learning(model, peft_config) -> None:
+    """Raise ValueError for an adapter that adds virtual tokens, given or already on the model."""
+    adapter = peft_config or getattr(model, "active_peft_config", None)
+    if adapter is not None and adapter.is_prompt_learning:
+        raise ValueError(
+            f"peft_config={type(adapter).__name__} puts virtual tokens before the prompt, which moves every row "
+            "that the scorer reads. Use LoRA."
+        )
+
+
+def hub_kwargs(args) -> dict[str, Any]:
+    """Which revision of a checkpoint's config and tokenizer to read, as TRL does for its weights."""
+    init_kwargs = args.model_init_kwargs or {}
+    trust = init_kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+    return {"revision": init_kwargs.get("revision"), "trust_remote_code": trust}
+
+
+def read_config(model, args):
+    """The config of a model that is given by name or in memory, before any weight is loaded."""
+    if isinstance(model, str):
+        return AutoConfig.from_pretrained(model, **hub_kwargs(args))
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}.")
+    config = unwrap(model).config
+    # TRL builds the reference model, and PEFT and the Hub reload this one, through AutoModelForCausalLM.
+    if not isinstance(config, tuple(AutoModelForCausalLM._model_mapping.keys())):
+        AutoModelForCausalLM.register(type(config), type(unwrap(model)), exist_ok=True)
+    return config
+
+
+def read_tokenizer(model, args):
+    """The checkpoint's own tokenizer, which TRL loads only behind the weights; None for a model made in memory."""
+    name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+    if not name:
+        return None
+    options = hub_kwargs(args) if isinstance(model, str) else {"trust_remote_code": args.trust_remote_code}
+    return AutoTokenizer.from_pretrained(name, **options)

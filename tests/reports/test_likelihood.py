@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cases import MASK, SHIFT, VOCAB
 from oracles import canvas_before, full_logits, random_rollout, segment_cuts, token_distribution, unpadded
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,8 +17,7 @@ from trl_dllm.noise import hash64
 from trl_dllm.reports.likelihood import default_estimators, likelihood_report
 
 
-MASK, VOCAB, TEMPERATURE = 3, 101, 0.8
-SHIFT = {"llada": 0, "dream": 1}
+TEMPERATURE = 0.8
 
 
 def slow_report(model, rollout, shift, canvas_of):

@@ -1,0 +1,64 @@
+"""`generate`: rows and batches, seeds, processes, and what it leaves alone."""
+
+import pytest
+import torch
+from cases import PROMPTS, SEEDS, assert_same_rollout, sample
+from oracles import left_pad
+
+from trl_dllm.generation import DiffusionGenerationConfig, generate
+
+
+@pytest.mark.parametrize("settings", [{"diffusion_steps": 8}, {"confidence_threshold": 0.15, "stop_at_eos": True}])
+def test_identity_7_rows_do_not_depend_on_their_batch(models, family, settings):
+    """Left padding, batch order, batch size: same seeds, same tokens and steps."""
+    model = models(family)
+    settings = {"temperature": 0.9, "eos_token_ids": tuple(range(40, 60)), **settings}
+    rollout = sample(model, **settings)
+    assert_same_rollout(rollout, sample(model, width=15, **settings))
+    order = [2, 0, 3, 1]
+    shuffled = sample(model, [PROMPTS[i] for i in order], SEEDS[order], **settings)
+    assert_same_rollout(rollout, shuffled, order)
+    assert_same_rollout(rollout, sample(model, batch_size=1, **settings))
+    assert_same_rollout(rollout, sample(model, batch_size=3, **settings))
+    assert_same_rollout(rollout, sample(model, PROMPTS[1:2], SEEDS[1:2], **settings), [1])
+    other = sample(model, seeds=SEEDS + 1, **settings)
+    assert not torch.equal(other.completion_ids, rollout.completion_ids)
+
+
+def test_seeds_are_kept_and_default_ones_repeat(models):
+    model = models("llada")
+    assert torch.equal(sample(model).view_seed, SEEDS)
+    first, again = sample(model, seeds=None), sample(model, seeds=None)
+    assert torch.equal(first.completion_ids, again.completion_ids)
+    assert len(first.view_seed.unique()) == len(PROMPTS)
+    same_prompt = sample(model, [PROMPTS[1]] * 2, seeds=None)
+    assert not torch.equal(same_prompt.completion_ids[0], same_prompt.completion_ids[1])
+
+
+def test_global_generator_and_model_are_left_alone(models, family):
+    model, before = models(family), torch.get_rng_state()
+    head = model.get_output_embeddings()
+    sample(model)
+    assert torch.equal(before, torch.get_rng_state())
+    assert "forward" not in head.__dict__
+
+
+def test_a_process_without_rows_left_still_runs_forwards(models):
+    """`still_running` keeps a finished process in step: spare forwards, the same rollout."""
+    model, asked = models("llada"), []
+
+    def still_running(local: bool) -> bool:
+        asked.append(local)
+        return len(asked) <= 9
+
+    ids, mask = left_pad(PROMPTS)
+    config = DiffusionGenerationConfig(max_new_tokens=12, block_length=6, diffusion_steps=6)
+    rollout = generate(model, ids, mask, config, seeds=SEEDS, still_running=still_running)
+    assert asked == [True] * 6 + [False] * 4
+    assert_same_rollout(generate(model, ids, mask, config, seeds=SEEDS), rollout)
+
+
+@pytest.mark.parametrize("prompts", [[[]] * 4, [[5], [], [6, 7], [8]]])
+def test_empty_prompts_are_refused_for_a_shifted_family(models, prompts):
+    with pytest.raises(ValueError, match=r"logits_shift=1.*prompt of at least one token"):
+        sample(models("dream"), prompts)

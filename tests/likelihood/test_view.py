@@ -1,0 +1,218 @@
+"""What every estimator promises of its views, and the perturbed prompt that they share."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CANVAS, ELBO, MASK, PKL, PKL_UNSHIFTED, SHIFT, TRAJECTORY, VOCAB, rollout_for_tests, sample
+from oracles import hits, random_rollout, slow_step_merge, unpadded
+
+import trl_dllm.generation.denoising
+import trl_dllm.likelihood.view
+from trl_dllm.likelihood import (
+    BlockPseudoLikelihood,
+    CoupledElbo,
+    Elbo,
+    ExactTrajectory,
+    PseudoLikelihood,
+    StepMerge,
+    TrajectoryPseudoLikelihood,
+    perturb_prompt,
+    token_logps,
+)
+from trl_dllm.noise import hash64
+
+
+ALL = {**TRAJECTORY, **PKL, **PKL_UNSHIFTED, **ELBO}
+
+
+# --------------------------------------------------------------------------------------------------------------- views
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_scored_is_the_union_of_the_views_targets(name):
+    """And views that a row does not have score nothing; the ELBO scores what no draw masked with 0 as well."""
+    estimator = ALL[name]
+    for seed, iteration in ((5, 0), (6, 3)):
+        rollout = rollout_for_tests(seed=seed)
+        number = estimator.num_views(rollout)
+        count = torch.zeros_like(rollout.completion_ids)
+        for n in range(number + 2 * CANVAS + 2):
+            found = hits(estimator, rollout, n, iteration)
+            assert not (n >= number and found.any() and number > 1), f"view {n} of {number} scores something"
+            if n < number:
+                count += found
+                assert not (found & ~rollout.revealed).any()
+        scored = estimator.scored(rollout, rollout.view_seed, iteration)
+        if name == "elbo":
+            assert torch.equal(scored, rollout.counted) and not ((count > 0) & ~scored).any()
+            continue
+        assert torch.equal(count > 0, scored)
+        assert count.max() == (2 if name == "coupled_elbo" else 1), "`disjoint`"
+
+
+def test_rows_without_counted_positions_score_nothing(models):
+    rollout = rollout_for_tests()
+    rollout = replace(rollout, counted=rollout.counted & (torch.arange(5) != 1)[:, None])
+    for name, estimator in {**PKL, **PKL_UNSHIFTED, **ELBO}.items():
+        if name.startswith("pkl_t") or name == "pkl_u all":
+            continue
+        with torch.no_grad():
+            scores = token_logps(models("llada"), rollout, estimator)
+        assert scores.logps[1].eq(0).all() and not scores.scored[1].any(), name
+        assert scores.logps.isfinite().all()
+
+
+def test_draws_change_with_the_iteration_and_the_row_only():
+    rollout = rollout_for_tests(seed=8)
+    for estimator in (PseudoLikelihood(2), BlockPseudoLikelihood(3), Elbo(2), CoupledElbo(2)):
+        seen = [torch.stack([hits(estimator, rollout, n, k) for n in range(2)]) for k in (0, 0, 1)]
+        assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2]), type(estimator).__name__
+        other = replace(rollout, view_seed=rollout.view_seed + 1)
+        assert not torch.equal(torch.stack([hits(estimator, other, n) for n in range(2)]), seen[0])
+
+
+def test_costs_one_forward_a_view(models):
+    """K positions of PKL are K forwards of P + L tokens; a single one for PKL-U and PKL-T."""
+    model, rollout = models("llada"), rollout_for_tests()
+    shapes, plain = [], model.forward
+    model.forward = lambda *args, **kwargs: (shapes.append(tuple(kwargs["input_ids"].shape)), plain(*args, **kwargs))[
+        1
+    ]
+    try:
+        with torch.no_grad():
+            for estimator, views, width in (
+                (PseudoLikelihood(1), 1, 7 + CANVAS),
+                (PseudoLikelihood(6), 6, 7 + CANVAS),
+                (PseudoLikelihood(), 9, 7 + CANVAS),
+                (BlockPseudoLikelihood(4), 1, 7 + CANVAS),
+                (TrajectoryPseudoLikelihood(), 1, 7 + 2 * CANVAS),
+                (Elbo(4), 4, 7 + CANVAS),
+            ):
+                shapes.clear()
+                token_logps(model, rollout, estimator)
+                assert shapes == [(5, width)] * views
+    finally:
+        del model.forward
+
+
+@pytest.mark.parametrize(
+    "estimator, canvas, expected",
+    [
+        (PseudoLikelihood(), 9, False),
+        (PseudoLikelihood(8), 9, True),
+        (PseudoLikelihood(9), 9, False),
+        (BlockPseudoLikelihood(3, 2), 9, True),
+        (BlockPseudoLikelihood(3, 3), 9, False),
+        (BlockPseudoLikelihood(3, "partition"), 9, False),
+        (TrajectoryPseudoLikelihood(), 9, False),
+        (Elbo(1), 9, False),
+        (CoupledElbo(2), 9, False),
+    ],
+)
+def test_which_estimators_leave_positions_out(estimator, canvas, expected):
+    assert estimator.sub_samples(canvas) == expected
+
+
+# ------------------------------------------------------------------------------------------------- prompt perturbation
+
+
+class Recorder(torch.nn.Module):
+    """A wrapper that keeps what the model was run on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module, self.seen = model, []
+
+    def forward(self, **inputs):
+        self.seen.append(inputs["input_ids"])
+        return self.module(**inputs)
+
+
+def prompts_seen(model, rollout, width, **kwargs):
+    recorder = Recorder(model)
+    with torch.no_grad():
+        token_logps(recorder, rollout, ExactTrajectory(), **kwargs)
+    assert len(recorder.seen) == ExactTrajectory().num_views(rollout)
+    return [ids[:, :width] for ids in recorder.seen]
+
+
+def test_prompt_perturbation_is_one_draw_for_all_views(models):
+    """Only prompt tokens change, alike in every view; the canvas is never perturbed."""
+    model, rollout = models("llada"), rollout_for_tests(width=9)
+    seen = prompts_seen(model, rollout, 9, p_mask_prompt=0.5)
+    assert all(torch.equal(ids, seen[0]) for ids in seen)
+    changed = seen[0] != rollout.prompt_ids
+    assert changed.any() and not (changed & ~rollout.prompt_mask).any()
+    assert seen[0][changed].eq(MASK).all() and not changed[rollout.prompt_mask].all()
+    again = prompts_seen(model, rollout, 9, p_mask_prompt=0.5, iteration=0)
+    assert torch.equal(again[0], seen[0])
+    assert not torch.equal(prompts_seen(model, rollout, 9, p_mask_prompt=0.5, iteration=1)[0], seen[0])
+    assert not torch.equal(prompts_seen(model, rollout, 9, p_mask_prompt=0.5, seeds=rollout.view_seed + 1)[0], seen[0])
+    assert torch.equal(prompts_seen(model, rollout, 9)[0], rollout.prompt_ids)
+
+
+def test_prompt_perturbation_scores_equal_the_oracles_on_the_masked_prompt(models, family):
+    model, rollout = models(family), rollout_for_tests()
+    perturbed = perturb_prompt(rollout, 0.5, rollout.view_seed, 3)
+    assert not torch.equal(perturbed.prompt_ids, rollout.prompt_ids)
+    with torch.no_grad():
+        scores = token_logps(model, rollout, StepMerge(2), p_mask_prompt=0.5, iteration=3)
+        logps, _ = slow_step_merge(model, perturbed, 2, SHIFT[family])
+    torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0)
+
+
+def test_prompt_perturbation_rate_and_independence():
+    """15 % of the tokens, in every column and iteration; iterations are independent of each other."""
+    rows, width = 400, 25
+    rollout = random_rollout(
+        MASK, VOCAB, 0, canvas=1, prompt_lengths=[width - row % 5 for row in range(rows)], num_steps=[1] * rows
+    )
+    hits = torch.stack(
+        [perturb_prompt(rollout, 0.15, rollout.view_seed, n).prompt_ids != rollout.prompt_ids for n in range(4)]
+    )
+    assert not hits[:, ~rollout.prompt_mask].any()
+    tokens = int(rollout.prompt_mask.sum())
+    for n in range(4):
+        assert abs(hits[n].sum().item() / tokens - 0.15) < 4 * math.sqrt(0.15 * 0.85 / tokens)
+    by_column = hits.sum(dim=(0, 1)) / (4 * rollout.prompt_mask.sum(dim=0))
+    assert by_column.min() > 0.08 and by_column.max() < 0.23
+    both = (hits[0] & hits[1]).sum().item() / tokens
+    assert abs(both - 0.15**2) < 4 * math.sqrt(0.0225 / tokens)
+    assert torch.equal(perturb_prompt(rollout, 0.0, rollout.view_seed, 0).prompt_ids, rollout.prompt_ids)
+    everything = perturb_prompt(rollout, 1.0, rollout.view_seed, 0).prompt_ids
+    assert everything[rollout.prompt_mask].eq(MASK).all()
+
+
+def test_prompt_perturbation_does_not_depend_on_padding():
+    """Identity 7: keyed by the token's index without padding."""
+    narrow, wide = rollout_for_tests(), rollout_for_tests(width=12)
+    for iteration in range(5):
+        a = perturb_prompt(narrow, 0.5, narrow.view_seed, iteration)
+        b = perturb_prompt(wide, 0.5, wide.view_seed, iteration)
+        assert [unpadded(a, row) for row in range(5)] == [unpadded(b, row) for row in range(5)]
+
+
+def test_prompt_perturbation_never_shares_draws_with_the_sampler(models, monkeypatch):
+    """METHODS §2.6, `Purpose`: iteration 2 of the prompt draws must not be step 4 of the token draws."""
+    seen = {}
+
+    def record(module):
+        plain = module.uniform
+
+        def recorder(*keys):
+            draws = plain(*keys)
+            seen.setdefault(module.__name__, set()).update(draws.flatten().tolist())
+            return draws
+
+        monkeypatch.setattr(module, "uniform", recorder)
+
+    record(trl_dllm.generation.denoising)
+    record(trl_dllm.likelihood.view)
+    rollout = sample(models("llada"), seeds=hash64(0, torch.arange(4)), block_length=12, diffusion_steps=12)
+    for iteration in range(8):
+        perturb_prompt(rollout, 0.5, rollout.view_seed, iteration)
+    sampler, prompt = seen["trl_dllm.generation.denoising"], seen["trl_dllm.likelihood.view"]
+    assert len(sampler) > 500 and len(prompt) > 100
+    assert not sampler & prompt

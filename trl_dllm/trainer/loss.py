@@ -1,0 +1,76 @@
+"""What a token counts for in TRL's losses.
+
+TRL's `_compute_loss` stays as it is. These functions say how it weighs a token, where something is computed beside it
+or put into it: sub-sampled estimators, wd1, and the KL over the whole vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+
+# Losses whose gradient with respect to a token's log-prob depends on that log-prob alone.
+SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+
+
+def is_separable(trainer) -> bool:
+    """Whether dL/dlogp of a token is known from that token alone, so that one view can be back-propagated at a time.
+
+    Reads what `GRPOTrainer._compute_loss` reads: loss type, importance level, filters and entropy bonus.
+    """
+    return (
+        trainer.loss_type in SEPARABLE_LOSSES
+        and trainer.importance_sampling_level == "token"
+        and trainer.off_policy_mask_threshold is None
+        and trainer.top_entropy_quantile == 1.0
+        and not trainer._entropy_bonus_enabled
+    )
+
+
+def token_weights(trainer, inputs: dict) -> Tensor:
+    """Weights (B, L) with which TRL's loss sums what is added to every token's loss, as its k3 KL is.
+
+    `(token_weights(trainer, inputs) * x).sum()` is x, masked and normalised as `trainer.loss_type` says and divided
+    for gradient accumulation. A test holds it to TRL's own loss for every loss type of the installed TRL.
+
+    Raises:
+        ValueError: a loss type that this TRL has and we do not know.
+    """
+    mask, training = inputs["completion_mask"], trainer.model.training
+    rows = len(mask)
+    accumulation = trainer.current_gradient_accumulation_steps if training else 1.0
+    match trainer.loss_type:
+        case "grpo" | "sapo":
+            return mask / mask.sum(dim=1, keepdim=True).clamp(min=1.0) / rows / accumulation
+        case "bnpo":
+            return mask / mask.sum().clamp(min=1.0) / accumulation
+        case "dr_grpo":
+            return mask / (rows * trainer.max_completion_length) / accumulation
+        case "luspo":
+            return mask / rows / accumulation
+        case "dapo" | "cispo" | "vespo":
+            # The generation batch's tokens, a process's share of them, and of that one accumulation window's.
+            tokens = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
+            return mask / (tokens * (accumulation / trainer.args.steps_per_generation if training else 1.0))
+    raise ValueError(f"loss_type={trainer.loss_type!r}: it is not known how this loss averages over tokens.")
+
+
+def sub_sample_weights(mask: Tensor, scored: Tensor) -> Tensor:
+    """Loss mask of sub-sampled rows, float (B, L): n / k on each of the k scored of n counted positions, else 0.
+
+    A row's weights still sum to n, so every normaliser of TRL's losses is what it is with all positions scored, and
+    the expected gradient is the full estimator's for every token-separable loss.
+    """
+    mask = mask.bool()
+    scored = scored & mask
+    number = scored.sum(dim=1, keepdim=True).clamp(min=1)
+    return scored.float() * mask.sum(dim=1, keepdim=True) / number
+
+
+def wd1_weights(advantages: Tensor) -> Tensor:
+    """wd1's weights of completions, softmax(A) - softmax(-A) over each group times its size; (groups, G) both.
+
+    As advantages under `dr_grpo` at ratio 1 they give wd1's loss, -Σ w⁺ log π + Σ w⁻ log π, averaged over groups and
+    divided by the canvas length.
+    """
+    weights = torch.softmax(advantages, dim=1) - torch.softmax(-advantages, dim=1)
+    return advantages.shape[1] * weights
