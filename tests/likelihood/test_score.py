@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cases import MASK, SHIFT, VOCAB, assert_same_scores, rollout_for_tests
+from cases import MASK, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, whole_canvas
 from oracles import random_rollout, sharp_model, slow_step_merge
 
-from trl_dllm.likelihood import ExactTrajectory, MeanField, StepMerge, token_logps
+from trl_dllm.likelihood import AnyOrder, ExactTrajectory, MeanField, StepMerge, counted_view, token_logps
+from trl_dllm.likelihood.view import IGNORE
 from trl_dllm.models import MaskedDiffusionSpec
 from trl_dllm.rollout import Rollout
 
@@ -104,3 +105,20 @@ def test_a_row_without_any_token(models):
         assert scores.logps.isfinite().all() and scores.logps[2].eq(0).all() and not scores.scored[2].any()
     alone = token_logps(models("llada"), rollout[slice(2, 3)], ExactTrajectory())
     assert alone.logps.eq(0).all() and alone.logps.requires_grad
+
+
+def test_what_nobody_counts_is_no_target_of_any_view(models):
+    """`token_logps`, the trainer and the report share one rule; the canvas itself is the whole one."""
+    rollout = rollout_for_tests()
+    whole = whole_canvas(rollout)
+    assert not torch.equal(rollout.counted, rollout.revealed)
+    for estimator in (StepMerge(3), ExactTrajectory(), AnyOrder()):
+        for n in range(estimator.num_views(rollout)):
+            view = counted_view(estimator, rollout, n, rollout.view_seed, 0)
+            assert rollout.counted.gather(1, view.index)[view.targets != IGNORE].all()
+            assert torch.equal(view.input_ids, estimator.view(rollout, n, rollout.view_seed, 0).input_ids)
+        with torch.no_grad():
+            scores, all_scores = (token_logps(models("llada"), r, estimator) for r in (rollout, whole))
+        expected = all_scores.logps.masked_fill(~rollout.counted, 0)
+        torch.testing.assert_close(scores.logps, expected, atol=1e-12, rtol=0)
+        assert all_scores.logps[rollout.revealed & ~rollout.counted].ne(0).all()

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import MASK, PROMPTS, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, sample
+from cases import MASK, PROMPTS, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, sample, whole_canvas
 from oracles import (
     canvas_before,
     enumerate_trajectories,
@@ -38,9 +38,9 @@ def names(estimator):
 
 
 def draw(model, **settings):
-    """A rollout whose rows differ in prompt length, steps (threshold or early stop) and counted length."""
+    """A rollout whose rows differ in prompt length and steps (threshold or early stop), all of it counted."""
     settings = {"block_length": 4, "eos_token_ids": tuple(range(30, 45)), **settings}
-    return sample(model, seeds=hash64(0, torch.arange(len(PROMPTS))), **settings)
+    return whole_canvas(sample(model, seeds=hash64(0, torch.arange(len(PROMPTS))), **settings))
 
 
 # -------------------------------------------------------------------------------------------------- against the oracle
@@ -58,7 +58,7 @@ def test_scores_equal_slow_oracle(models, family, estimator):
         logps, entropies = slow_step_merge(model, rollout, segments, SHIFT[family], temperature=0.7)
     torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0)
     torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=0)
-    assert torch.equal(scores.scored, rollout.unmask_step >= 0), "every revealed position is scored, counted or not"
+    assert torch.equal(scores.scored, rollout.counted), "what nobody counts is not scored"
     assert scores.logps[~scores.scored].eq(0).all() and scores.entropies[~scores.scored].eq(0).all()
 
 
