@@ -4,15 +4,19 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from trl import ScriptArguments, TrlParser
 
+from trl_dllm.recipe import find_recipe, load_recipe
 from trl_dllm.tasks import get_task
 
+
+Reward = str | Callable[..., list[float]]  # the name of a reward model, or a function
 
 # Keys of older recipes that TRL or transformers have renamed or removed, and what to do about them.
 _MIGRATION = {
@@ -31,7 +35,30 @@ _MIGRATION = {
 
 
 class RecipeParser(TrlParser):
-    """TRL's parser of a YAML recipe with command-line overrides, for which an unknown key is an error with a hint."""
+    """
+    TRL's parser of a YAML recipe with command-line overrides.
+
+    `--config` also takes the name of a recipe of this library, a recipe may name a base ([`~trl_dllm.recipe`]), and an
+    unknown key is an error with a hint.
+    """
+
+    def __init__(self, dataclass_types: Iterable[type], **kwargs: Any):
+        super().__init__(cast(Any, dataclass_types), **kwargs)  # whose type for a dataclass no class satisfies
+
+    def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> tuple[Any, ...]:
+        args = list(sys.argv[1:] if args is None else args)
+        if "--config" in args:
+            i = args.index("--config")
+            if i + 1 == len(args):
+                raise ValueError("--config needs a value: a file, or the name of a recipe.")
+            settings = load_recipe(find_recipe(args[i + 1]))
+            env = settings.pop("env", {})
+            if not isinstance(env, dict):
+                raise ValueError(f"env={env!r} in the recipe must be a mapping of environment variables.")
+            os.environ.update({key: str(value) for key, value in env.items()})
+            self.set_defaults_with_config(**settings)
+            del args[i : i + 2]
+        return super().parse_args_and_config(args, *flags, **kwargs)
 
     def known(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
@@ -40,7 +67,7 @@ class RecipeParser(TrlParser):
         unknown = [key for key in kwargs if key not in self.known()]
         if unknown:
             raise ValueError(
-                "Unknown key in the recipe: " + "; ".join(self._hint(key, kwargs[key]) for key in unknown)
+                "Unknown key in the recipe or its base: " + "; ".join(self._hint(key, kwargs[key]) for key in unknown)
             )
         return super().set_defaults_with_config(**kwargs)
 
@@ -101,9 +128,8 @@ def load_split(args: TaskArguments, split: str, num_examples: int, seed: int):
     """A split of the task or dataset that the arguments name."""
     if args.task is not None:
         seed = args.puzzle_seed if args.puzzle_seed is not None else seed
-        return get_task(args.task).load(
-            split, num_examples, seed=seed, data_dir=args.data_dir, **(args.task_kwargs or {})
-        )
+        kwargs = cast("dict[str, Any]", args.task_kwargs or {})  # a mapping since __post_init__
+        return get_task(args.task).load(split, num_examples, seed=seed, data_dir=args.data_dir, **kwargs)
     if args.dataset_name is None:
         raise ValueError("Nothing to train on: set `task` (e.g. sudoku) or `dataset_name`.")
     from datasets import load_dataset
@@ -112,9 +138,9 @@ def load_split(args: TaskArguments, split: str, num_examples: int, seed: int):
     return load_dataset(args.dataset_name, args.dataset_config, split=name, streaming=args.dataset_streaming)
 
 
-def resolve_rewards(task: str | None, names: list[str] | None, reward_model: str | None) -> list:
+def resolve_rewards(task: str | None, names: list[str] | None, reward_model: str | None) -> list[Reward]:
     """Reward functions by name: the task's, TRL's, or a dotted import path; the task's default if none is named."""
-    rewards = [reward_model] if reward_model else []
+    rewards: list[Reward] = [reward_model] if reward_model else []
     own = get_task(task).rewards if task else {}
     if not names and not rewards:
         return [next(iter(own.values()))] if own else []

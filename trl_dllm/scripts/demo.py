@@ -26,7 +26,6 @@ from trl_dllm.scripts import grpo, init_tiny, sft
 from trl_dllm.tasks import get_task
 
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "tiny_llada"
 HELD_OUT = 1000  # puzzles, whose solutions appear in no training puzzle
 BLANKS = {"min_blanks": 6, "max_blanks": 10}
 SAMPLING = {"max_new_tokens": 17, "block_length": 17, "diffusion_steps": 8, "temperature": 1.0}  # 16 digits and EOS
@@ -65,7 +64,7 @@ def main(args: argparse.Namespace) -> dict:
         shutil.rmtree(folder / name, ignore_errors=True)
 
     def train(script, recipe: str, model: str, name: str, *overrides: str, **kwargs):
-        argv = ["--config", str(RECIPES / recipe), "--seed", seed]
+        argv = ["--config", recipe, "--seed", seed]
         argv += ["--model_name_or_path", str(folder / model), "--output_dir", str(folder / name), *overrides]
         return script.main(*script.make_parser().parse_args_and_config(argv), **kwargs)
 
@@ -80,11 +79,11 @@ def main(args: argparse.Namespace) -> dict:
     init_tiny.main(init_tiny.make_parser().parse_args([str(folder / "init"), "--seed", seed]))
     _headline("2/5  masked-diffusion SFT on Sudoku, until it solves a third of some validation puzzles")
     stop = StopAtSolveRate(1 / 3, AutoTokenizer.from_pretrained(folder / "init"))
-    train(sft, "sft/config_sudoku.yaml", "init", "sft", "--max_steps", "1500", callbacks=[stop])
+    train(sft, "tiny_llada/sft/sudoku", "init", "sft", "--max_steps", "1500", callbacks=[stop])
     _headline("3/5  held-out puzzles before RL")
     before = solve_rate("sft", "before")
     _headline("4/5  GRPO with d2-StepMerge")
-    trainer = train(grpo, "grpo/config_sudoku.yaml", "sft", "grpo")
+    trainer = train(grpo, "tiny_llada/grpo/sudoku", "sft", "grpo")
     _headline("5/5  held-out puzzles after RL")
     after = solve_rate("grpo", "after")
 

@@ -1,6 +1,6 @@
 """Train a masked diffusion model with GRPO.
 
-trl-dllm grpo --config recipes/tiny_llada/grpo/config_sudoku.yaml
+trl-dllm grpo --config tiny_llada/grpo/sudoku
 accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/scripts/grpo.py --config …
 """
 

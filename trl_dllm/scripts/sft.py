@@ -1,6 +1,6 @@
 """Fine-tune a masked diffusion model on prompts and answers.
 
-trl-dllm sft --config recipes/tiny_llada/sft/config_sudoku.yaml
+trl-dllm sft --config tiny_llada/sft/sudoku
 accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/scripts/sft.py --config …
 """
 

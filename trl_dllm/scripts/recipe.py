@@ -1,0 +1,44 @@
+"""List the recipes, or print one with its base filled in.
+
+trl-dllm recipe
+trl-dllm recipe llada_8b/grpo/gsm8k_step_merge > mine.yaml
+"""
+
+import argparse
+
+from rich import print as rich_print
+from rich.table import Table
+
+from trl_dllm.recipe import find_recipe, render_recipe
+from trl_dllm.reports.recipes import markdown, recipe_tables
+
+
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser.add_argument("name", nargs="?", help="A recipe's name or file. Without it all recipes are listed.")
+    parser.add_argument("--markdown", action="store_true", help="List them as the page docs/recipes.md.")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.markdown:
+        print(markdown(), end="")
+    elif args.name is None:
+        for folder, rows in recipe_tables().items():
+            table = Table(title=f"{folder}/…", title_justify="left")
+            table.add_column("recipe", no_wrap=True)
+            table.add_column("method")
+            table.add_column("estimator" if "estimator" in rows[0] else "objective")
+            for row in rows:
+                table.add_row(row["recipe"], row["method"], row.get("estimator") or row["objective"])
+            rich_print(table)
+        rich_print("Print one with `trl-dllm recipe NAME`, such as llada_8b/grpo/gsm8k_step_merge.")
+    else:
+        try:
+            print(render_recipe(find_recipe(args.name)), end="")
+        except (ValueError, FileNotFoundError) as error:
+            raise SystemExit(f"trl-dllm recipe: {error}") from error
+
+
+if __name__ == "__main__":
+    main(make_parser().parse_args())

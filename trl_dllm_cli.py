@@ -1,0 +1,43 @@
+"""The command `trl-dllm`: it names its commands and its version without loading torch, TRL or the package.
+
+It stands outside of the package because `import trl_dllm` registers the model families with transformers, which takes
+seconds.
+"""
+
+import sys
+from difflib import get_close_matches
+from importlib import metadata
+
+
+COMMANDS = {
+    "init-tiny": "write a randomly initialised tiny model and tokenizer",
+    "sft": "fine-tune a masked diffusion model on prompts and answers",
+    "grpo": "train a masked diffusion model with GRPO",
+    "eval": "evaluate a model on a task",
+    "generate": "complete prompts",
+    "report": "compare likelihood estimates with what a model draws",
+    "recipe": "list the recipes, or print one with its base filled in",
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `trl-dllm` with the arguments given, or those of the command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else "--help"
+    if command in COMMANDS:
+        from trl_dllm.cli import run
+
+        return run(command, argv[1:])
+    if command == "--version":
+        return print("trl-dllm", metadata.version("trl-dllm"))
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    print("usage: trl-dllm COMMAND [arguments]; COMMAND --help says more; --version\n\n" + "\n".join(lines))
+    if command not in ("-h", "--help"):
+        near = get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise SystemExit(f"\ntrl-dllm: unknown command {command!r}{hint}")
+
+
+if __name__ == "__main__":
+    main()
