@@ -55,5 +55,5 @@ def test_a_file_that_speaks_of_an_identity_says_where_it_stands():
         text = path.read_text()
         numbers = {int(n) for n in re.findall(r"\bidentit(?:y|ies) (\d+)", text, re.I)}
         if numbers and path != Path(__file__):
-            assert "docs/methods.md" in text, f"{path.relative_to(ROOT)} speaks of identity {min(numbers)}: of what?"
+            assert "docs/methods.md" in text, f"{path.relative_to(ROOT)}: say docs/methods.md §7 in its docstring"
             assert numbers <= set(identities()), path

@@ -83,7 +83,7 @@ def test_every_link_of_a_page_leads_somewhere():
 
 
 def test_every_document_that_a_file_names_is_in_the_repository():
-    """A path that ends in .md leads somewhere from the root or from the file's own folder; a bare name is some page's."""
+    """A path that ends in .md leads somewhere, from the root or the file's own folder; a bare name is some page's."""
     found, names = set(), {page.name for page in pages()}
     for path in tracked():
         text = re.sub(r"https?://\S+", "", path.read_text())
