@@ -1,4 +1,4 @@
-"""Trajectory likelihoods against one-token-at-a-time oracles: METHODS §7, identities 1, 2, 7, 8 and 9."""
+"""Trajectory likelihoods against one-token-at-a-time oracles: docs/methods.md §7, identities 1, 2, 7, 8 and 9."""
 
 import itertools
 import math
@@ -392,7 +392,7 @@ def test_prompt_perturbation_does_not_depend_on_padding():
 
 
 def test_prompt_perturbation_never_shares_draws_with_the_sampler(models, monkeypatch):
-    """METHODS §2.6, `Purpose`: iteration 2 of the prompt draws must not be step 4 of the token draws."""
+    """`Purpose` (docs/methods.md §2.6): iteration 2 of the prompt draws must not be step 4 of the token draws."""
     seen = {}
 
     def record(module):
@@ -455,7 +455,7 @@ def test_identity_8_trajectory_probabilities_sum_to_one(remasking, shape):
 
 
 def test_identity_8_value_dependent_orders_are_not_normalised():
-    """Under low_confidence the product of the values' probabilities is no trajectory probability (METHODS §3.1)."""
+    """Under low_confidence the product of the values' probabilities is no trajectory probability (§3.1)."""
     model, mask, seen = random_table(3, 3, seed=9), 2, set()
     # Every trajectory that the sampler can take: a token is proposed at each masked position, the likeliest is kept.
     stack = [((mask,) * 3, (-1,) * 3, 0)]

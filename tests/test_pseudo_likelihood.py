@@ -1,4 +1,4 @@
-"""PADRE's pseudo-likelihoods and the ELBO family: METHODS §7, identities 1, 5, 7, 8 and 11.
+"""PADRE's pseudo-likelihoods and the ELBO family: docs/methods.md §7, identities 1, 5, 7, 8 and 11.
 
 Identities 3 and 4, of `TrajectoryPseudoLikelihood`, are in test_any_order.py; identity 6 is in
 trainer/test_grpo_padre.py.
