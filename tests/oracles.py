@@ -275,7 +275,7 @@ def slow_decode(
     stop_at_eos: bool = False,
     cfg_scale: float = 0.0,
 ):
-    """Decode one row by itself, METHODS §3.1 word for word; returns tokens, steps and log-probs as lists."""
+    """Decode one row by itself, docs/methods.md §3.1 word for word; returns tokens, steps and log-probs as lists."""
     tokens, steps, logps, step = [mask] * canvas, [-1] * canvas, [0.0] * canvas, 0
     for start in range(0, canvas, block_length):
         in_block, step_in_block = range(start, start + block_length), 0

@@ -1,4 +1,4 @@
-"""The counter-based randomness of METHODS §2.6."""
+"""The counter-based randomness of docs/methods.md §2.6, and identity 7 of its §7."""
 
 import itertools
 import random
@@ -84,7 +84,7 @@ def test_draws_are_repeatable_and_leave_global_generators_alone():
 
 
 def test_row_seeds_differ_in_every_argument_and_not_with_the_split_of_rows():
-    """METHODS §2.6: (seed, train or eval, global step, generation round, global row)."""
+    """A row seed is a hash of (seed, train or eval, global step, generation round, global row)."""
     rows = torch.arange(8)
     seeds = [
         row_seeds(seed, split, step, generation_round, rows)

@@ -84,7 +84,7 @@ def test_any_order_sft_of_llada_8b_is_d2s(stage):
 
 
 def test_any_order_grpo_of_llada_8b_is_d2s():
-    """d2 App. C.1.3 (METHODS §4)."""
+    """d2 App. C.1.3."""
     script_args, args, model_args = parse(RECIPES / "llada_8b/grpo/config_gsm8k_any_order.yaml")
     assert (args.estimator, args.decoding, args.cache) == ("any_order", "any_order", "exact")
     assert (args.learning_rate, args.beta, args.epsilon) == (1e-6, 0.04, 0.5)

@@ -111,7 +111,7 @@ def test_flex_attention_equals_dense_reference(models):
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_left_padding_changes_nothing(models, family, implementation):
-    """Identity 7: a padded row in a batch equals the row by itself; position ids are counted without padding."""
+    """Identity 7 (docs/methods.md §7): a padded row in a batch equals the row by itself, positions too."""
     model = models(family, torch.float32, implementation)
     prompts = [[5, 9, 77, 20, 64], [33], [90, 14, 8]]
     ids, mask = left_pad(prompts, width=7)

@@ -1,4 +1,4 @@
-"""The tiled head against full logits (DESIGN §4.3)."""
+"""The tiled head against full logits (docs/methods.md §1.1)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""PADRE and the ELBO family on real TRL: METHODS §4 and identities 6 and 10."""
+"""PADRE and the ELBO family on real TRL: docs/methods.md §4, and identities 6 and 10 of its §7."""
 
 import copy
 import itertools

@@ -147,7 +147,7 @@ def test_padre_recipes_have_the_papers_settings():
     ],
 )
 def test_step_merge_recipes_have_the_papers_settings(task, segments, iterations, canvas, temperature):
-    """d2 Table 5 and App. C.2 (METHODS §4)."""
+    """d2 Table 5 and App. C.2."""
     path = RECIPES / f"config_{task}_step_merge.yaml"
     _, args, model = make_parser().parse_args_and_config(
         ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]

@@ -1,4 +1,4 @@
-"""Any-order decoding (d2 Algorithms 1 and 2; METHODS §3.2), recomputed in full or with an exact key/value cache.
+"""Any-order decoding (d2 Algorithms 1 and 2; docs/methods.md §3.2), in full or with an exact key/value cache.
 
 A masked position attends to the prompt, to what has been revealed and to itself; a revealed token to the prompt, to
 what was revealed before it and to itself. So nothing that was computed for a revealed token ever changes, and the

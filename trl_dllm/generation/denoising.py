@@ -1,4 +1,4 @@
-"""Masked diffusion decoding (METHODS §3.1): blocks left to right, a few tokens kept a step.
+"""Masked diffusion decoding (docs/methods.md §3.1): blocks left to right, a few tokens kept a step.
 
 In each step the model sees the prompt and the whole canvas, a token is drawn for every masked position of the row's
 current block, and some of them are kept. Rows do not wait for each other: each has its own block and step, so what a
