@@ -1,6 +1,7 @@
 """A rollout: prompts, the completions drawn for them, and how they were drawn."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ class Rollout:
         """Positions that were revealed, bool (B, L)."""
         return self.unmask_step >= 0
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     @staticmethod

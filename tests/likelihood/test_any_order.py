@@ -1,4 +1,4 @@
-"""The exact likelihood of an any-order trajectory in one pass: METHODS §2.2 and identities 1, 3, 4 and 7.
+"""The exact likelihood of an any-order trajectory in one pass: docs/methods.md §2.2 and identities 1, 3, 4 and 7.
 
 The oracle knows neither the P + 2L layout nor a cache: for each token it runs the prompt, the tokens revealed before
 it in their order, and one mask, under attention written with plain loops.
@@ -240,7 +240,7 @@ def test_identity_4_a_tokens_own_value_does_not_reach_its_mask_row(models):
 
 
 def test_identity_4_bidirectional_pkl_t_leaks_with_two_layers_and_not_with_one(models):
-    """Through the other clean rows (d2 and PADRE §4.4; METHODS §2.3)."""
+    """Through the other clean rows (d2 and PADRE §4.4; docs/methods.md §2.3)."""
     rollout, estimator = random_rollout(MASK, VOCAB, 0), TrajectoryPseudoLikelihood("bidirectional")
     assert estimator.exact_for == ()
     moved = _leak(models("llada"), rollout, estimator)

@@ -1,4 +1,4 @@
-"""The evidence lower bound and its coupled form: METHODS §7, identities 7, 8 and 11."""
+"""The evidence lower bound and its coupled form: docs/methods.md §7: identities 7, 8 and 11."""
 
 import itertools
 import math

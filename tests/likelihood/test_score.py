@@ -1,4 +1,4 @@
-"""Running views: precision, backends, temperature, batches, and what a model refuses."""
+"""Running views: precision, backends, temperature, batches (docs/methods.md §7: identity 7), and what is refused."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""StepMerge, MeanField and ExactTrajectory: METHODS §7, identities 1, 2, 7 and 8.
+"""StepMerge, MeanField and ExactTrajectory: docs/methods.md §7: identities 1, 2, 7 and 8.
 
 Identity 9, of the gradient, is in test_policy_gradient.py.
 """
@@ -273,7 +273,7 @@ def test_identity_8_trajectory_probabilities_sum_to_one(remasking, shape):
 
 
 def test_identity_8_value_dependent_orders_are_not_normalised():
-    """Under low_confidence the product of the values' probabilities is no trajectory probability (METHODS §3.1)."""
+    """Under low_confidence the product of the probabilities is no trajectory probability (docs/methods.md §3.1)."""
     model, mask, seen = random_table(3, 3, seed=9), 2, set()
     # Every trajectory that the sampler can take: a token is proposed at each masked position, the likeliest is kept.
     stack = [((mask,) * 3, (-1,) * 3, 0)]

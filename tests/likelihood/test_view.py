@@ -195,7 +195,7 @@ def test_prompt_perturbation_does_not_depend_on_padding():
 
 
 def test_prompt_perturbation_never_shares_draws_with_the_sampler(models, monkeypatch):
-    """METHODS §2.6, `Purpose`: iteration 2 of the prompt draws must not be step 4 of the token draws."""
+    """docs/methods.md §2.6, `Purpose`: iteration 2 of the prompt draws must not be step 4 of the token draws."""
     seen = {}
 
     def record(module):

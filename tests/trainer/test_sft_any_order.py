@@ -1,4 +1,4 @@
-"""SFT that makes an any-order model: METHODS §5."""
+"""SFT that makes an any-order model: docs/methods.md §5."""
 
 from types import SimpleNamespace
 
