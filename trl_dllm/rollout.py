@@ -114,7 +114,7 @@ class Rollout:
     def cat(rollouts: list["Rollout"]) -> "Rollout":
         """Stack rollouts that have equal widths; counters add up."""
         first = rollouts[0]
-        stacked = {name: torch.cat([getattr(r, name) for r in rollouts]) for name in first._tensors()}
+        stacked: dict[str, Any] = {name: torch.cat([getattr(r, name) for r in rollouts]) for name in first._tensors()}
         counters = {name: sum(getattr(r, name) for r in rollouts) for name in ("num_forwards", "flops")}
         return replace(first, **stacked, **counters)
 

@@ -1,4 +1,4 @@
-"""docs/methods.md §7: identity 9. The expected gradient of the plain-sum loss is the expected reward's (Theorem 3.1)."""
+"""docs/methods.md §7: identity 9. The plain-sum loss has the expected reward's gradient (d2, Theorem 3.1)."""
 
 import itertools
 import math

@@ -36,7 +36,7 @@ class TokenScores:
     kls: Tensor | None = None
 
     def __add__(self, other: "TokenScores") -> "TokenScores":
-        kls = None if self.kls is None else self.kls + other.kls
+        kls = None if self.kls is None or other.kls is None else self.kls + other.kls
         return TokenScores(self.logps + other.logps, self.entropies + other.entropies, self.scored | other.scored, kls)
 
     @staticmethod

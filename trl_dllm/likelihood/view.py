@@ -5,7 +5,6 @@ through a model and knows no paper.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -53,7 +52,7 @@ class Estimator:
 
     stochastic = False
     disjoint = True
-    exact_for: ClassVar[tuple[str, ...]] = ()  # decoders whose own log-probs it equals, whatever the rollout
+    exact_for: tuple[str, ...] = ()  # decoders whose own log-probs it equals, whatever the rollout
 
     def num_views(self, rollout: Rollout) -> int:
         """Forwards that the rollout's rows need."""

@@ -78,7 +78,7 @@ class MaskedDiffusionSpec:
                 f"mask_token_id={mask_token_id} in the model's config, but the tokenizer's mask token has id "
                 f"{tokenizer_id}. Use the checkpoint's own tokenizer, or set config.mask_token_id to the right one."
             )
-        mask_token_id = tokenizer_id if mask_token_id is None else mask_token_id
+        mask_token_id = int(tokenizer_id if mask_token_id is None else mask_token_id)
         if not 0 <= mask_token_id < text_config.vocab_size:
             raise ValueError(
                 f"mask_token_id={mask_token_id} is outside the model's vocabulary of {text_config.vocab_size} tokens; "

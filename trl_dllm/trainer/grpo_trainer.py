@@ -21,11 +21,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
+from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
@@ -102,7 +102,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     """
 
     args: DiffusionGRPOConfig
-    _tag_names: ClassVar = ["trl", "grpo", "trl-dllm", "masked-diffusion"]
+    model: PreTrainedModel
+    _tag_names = ["trl", "grpo", "trl-dllm", "masked-diffusion"]  # noqa: RUF012  TRL declares it so
     _name = "Diffusion GRPO"
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, estimator: Estimator | None = None, **kwargs):
@@ -164,8 +165,18 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
         self._warn_about_save_steps()
 
+    @property
+    def _steps_per_generation(self) -> int:
+        """Micro-batches that a generation batch is split into; TRL's config has filled the number in."""
+        return self.args.steps_per_generation or 1
+
+    @property
+    def _cycle(self) -> int:
+        """Micro-steps from one generation batch to the next."""
+        return self._steps_per_generation * self.num_iterations
+
     def _warn_about_save_steps(self) -> None:
-        cycle = self.args.steps_per_generation * self.num_iterations
+        cycle = self._cycle
         if self.args.save_strategy == "steps" and self.args.save_steps * self.args.gradient_accumulation_steps % cycle:
             warnings.warn(
                 f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run "
@@ -303,7 +314,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         Everything around the calls is as TRL has it: no gradient, no checkpointing, the batch size of the mode.
         """
         found = {}
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        kwargs = self.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(self.model, kwargs if isinstance(kwargs, dict) else None):
             if asked_for_old and self._scores_old:
                 found["old_per_token_logps"] = self._batch_logps(self.model, rollout)
             elif asked_for_old and self.args.loss_type != "wd1":
@@ -386,7 +398,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     @property
     def _inner_iteration(self) -> int:
         """Which pass over the generation buffer this is; it advances once every `steps_per_generation` micro-steps."""
-        return (self._step // self.args.steps_per_generation) % self.num_iterations if self.model.training else 0
+        return (self._step // self._steps_per_generation) % self.num_iterations if self.model.training else 0
 
     @property
     def _separable(self) -> bool:
@@ -498,8 +510,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
         Before the first update of a cycle the two are the same policy, and what differs is rounding or a cache.
         """
-        cycle = self.args.steps_per_generation * self.num_iterations
-        before_update = self._step % cycle < self.args.gradient_accumulation_steps
+        before_update = self._step % self._cycle < self.args.gradient_accumulation_steps
         if self.args.old_logps != "rollout" or not self.model.training or not before_update:
             return
         ratio = (scores.logps - rollout.logps)[rollout.counted]
@@ -513,7 +524,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         args = self.args
         tokens = rollout.completion_ids.numel()
         views = self.estimator.num_views(rollout)
-        asked_for_old = args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) != 0
+        asked_for_old = args.gradient_accumulation_steps % self._cycle != 0
         scored = (asked_for_old * self._scores_old + self._scores_reference) * self._distinct_iterations * views * 2
         beside = 2 * self._full_kl  # the full KL runs the reference in every update
         update = self.num_iterations * views * ((4 if self._frozen_backbone else 6) + beside)
