@@ -179,4 +179,5 @@ def token_logps(
     scores = TokenScores.sum(
         score_view(model, view, canvas_length, spec, temperature, batch_size, differentiable_entropy) for view in views
     )
+    scores = replace(scores, logps=estimator.assemble(scores.logps, rollout.counted))
     return replace(scores, scored=estimator.scored(rollout, seeds, iteration) & rollout.counted)

@@ -371,6 +371,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 differentiable_entropy=self._entropy_bonus_enabled,
                 reference=reference_beside(self) if full_kl else None,
             )
+        scores = replace(scores, logps=self.estimator.assemble(scores.logps, rollout.counted))
         if not self.model.training:  # the run's cost is that of training
             return scores
         rows, width = view.input_ids.shape
