@@ -19,8 +19,8 @@ def test_spec_of_the_families():
 
 def test_spec_of_a_stock_decoder_trained_as_a_diffusion_model():
     """Any decoder with is_causal=False and a mask token; the tokenizer may be the one that names it."""
-    config = LlamaConfig(vocab_size=50, is_causal=False, mask_token_id=7, block_length=4)
-    assert MaskedDiffusionSpec.from_config(config) == MaskedDiffusionSpec(7, 0, 4)
+    config = LlamaConfig(vocab_size=50, is_causal=False, mask_token_id=7, logits_shift=1)
+    assert MaskedDiffusionSpec.from_config(config) == MaskedDiffusionSpec(7, 1)
     _, tokenizer = create_tiny_model("llada", hidden_size=16, num_layers=1)
     assert MaskedDiffusionSpec.from_config(LlamaConfig(vocab_size=50, is_causal=False), tokenizer).mask_token_id == 3
 

@@ -159,7 +159,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
         # Again, now with the checkpoint's own tokenizer.
         self.spec = MaskedDiffusionSpec.from_config(unwrap(self.model).config, self._tokenizer)
-        self.sampling = args.generation_config(self.eos_token_ids, self._tokenizer.pad_token_id)
+        self.sampling = args.generation_config(self.eos_token_ids)
         self._count_flops = ForwardFlops(self.model)
         self._parameters = sum(map(_numel, self.model.parameters()))
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
