@@ -113,7 +113,7 @@ class Denoising:
             "position_ids": positions,
         }
         self.num_forwards += 1
-        self.flops += self.count_flops(len(ids), width, width, head_rows.numel())
+        self.flops += self.count_flops(len(ids), width, width, len(head_rows), together=len(ids) // len(rows))
         return apply_head(self.model, inputs, head_rows, reduce, *args)
 
     def reveal(self, row: Tensor, position: Tensor) -> None:
