@@ -9,6 +9,8 @@ from trl import GRPOConfig
 
 from ..generation import DiffusionGenerationConfig, resolve_schedule
 from ..likelihood import ESTIMATORS, Estimator
+from ..models import PaperFlops, paper_flops
+from ..rollout import Rollout
 from .stock import Refused, refuse, take_over
 
 
@@ -371,6 +373,56 @@ class DiffusionGRPOConfig(GRPOConfig):
             cache=self.cache,
             eos_token_ids=eos_token_ids,
             pad_token_id=pad_token_id,
+        )
+
+    # What is computed on a generation batch, by the settings alone.
+
+    @property
+    def scores_old(self) -> bool:
+        """Whether the old policy's log-probs take forwards of their own."""
+        assert self.steps_per_generation is not None  # filled in by TRL
+        # TRL's rule: where generation batches end with optimizer steps, they are the current policy's.
+        asked = self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) != 0
+        given = self.old_logps == "rollout" or self.ratio_denominator == "ref" or self.loss_type == "wd1"
+        return asked and not given
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the reference's log-probs of the tokens are computed; the full KL runs it beside the policy."""
+        return self.ratio_denominator == "ref" or (self.beta != 0 and self.kl_estimator == "k3")
+
+    def num_draws(self, estimator: Estimator) -> int:
+        """Inner iterations for which they are computed, because something random is drawn anew in each."""
+        random = estimator.stochastic or self.p_mask_prompt > 0
+        return self.num_iterations if random and self.redraw_views else 1
+
+    def paper_flops(
+        self, completions: int, parameters: int, frozen_backbone: bool, estimator: Estimator | None = None
+    ) -> PaperFlops:
+        """Operations of a generation batch of `completions` and all updates on it, by d2 App. C.2.
+
+        T and the views are the schedule's, also where rows stop early or reveal by a threshold.
+
+        Args:
+            parameters (`int`): of the model without adapters, see `backbone_parameters`.
+            frozen_backbone (`bool`): whether they are not trained, or not all of them.
+            estimator (`Estimator`, *optional*): instead of the one that the fields describe.
+        """
+        estimator = estimator or self.build_estimator()
+        canvas_length, steps = self.max_completion_length, self.generation_config().diffusion_steps
+        assert canvas_length is not None and steps is not None  # `validate` refuses the one and fills in the other
+        return paper_flops(
+            parameters=parameters,
+            canvas_length=canvas_length,
+            completions=completions,
+            steps=steps,
+            views=estimator.num_views(Rollout.scheduled(canvas_length, steps)),
+            draws=self.num_draws(estimator),
+            inner_iterations=self.num_iterations,
+            frozen_backbone=frozen_backbone,
+            scores_old=self.scores_old,
+            scores_reference=self.scores_reference,
+            full_kl=self.kl_estimator == "full",
         )
 
     @classmethod
