@@ -30,7 +30,7 @@ from trl.trainer.utils import use_adapter
 from ..generation import generate
 from ..likelihood import Estimator, Reference, TokenScores, check_estimator, perturb_prompt, score_view
 from ..likelihood.view import IGNORE
-from ..models import ForwardFlops, MaskedDiffusionSpec, hidden_rows, unwrap
+from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, hidden_rows, unwrap
 from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
@@ -59,12 +59,6 @@ def _hub_kwargs(args) -> dict:
     init_kwargs = args.model_init_kwargs or {}
     trust = init_kwargs.get("trust_remote_code", getattr(args, "trust_remote_code", False))
     return {"revision": init_kwargs.get("revision"), "trust_remote_code": trust}
-
-
-def _numel(parameter: Tensor) -> int:
-    """Number of weights, also where several are packed in a byte (4-bit) or held by other processes (ZeRO-3)."""
-    packed = getattr(parameter, "quant_state", None)
-    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _scratch_metrics() -> dict:
@@ -184,7 +178,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         # (global step, generation batches drawn in it), of training and of evaluation: a run with evaluation, or
         # resumed after one, draws the same completions in training.
         self._generation_round = [(-1, 0), (-1, 0)]
-        self._flops = {"counted": 0, "paper": 0}
+        self.flops = FlopsCounter()
 
         # TRL makes a reference model where beta is not 0; as a denominator of the ratio it is needed at 0 as well.
         needs_reference = args.beta != 0 or args.ratio_denominator == "ref"
@@ -208,8 +202,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         # Again, now with the checkpoint's own tokenizer.
         self.spec = MaskedDiffusionSpec.from_config(unwrap(self.model).config, self._tokenizer)
         self.sampling = args.generation_config(self.eos_token_ids, self._tokenizer.pad_token_id)
-        self._count_flops = ForwardFlops(self.model)
-        self._parameters = sum(map(_numel, self.model.parameters()))
+        self._count_flops = TrainingFlops(self.model)
+        self._parameters = backbone_parameters(self.model)
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
         self._warn_about_save_steps()
 
@@ -353,7 +347,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 outputs[name] = self._scored.pop(0).masked_fill(~rollout.counted[:, None], 0)
         if denominator_is_reference:
             outputs["old_per_token_logps"] = outputs["ref_per_token_logps"]
-        if not self._scores_reference:
+        if not self.args.scores_reference:
             outputs.pop("ref_per_token_logps", None)
         if self.args.loss_type == "wd1":
             outputs["advantages"] = self._wd1_weights(outputs["advantages"])
@@ -370,21 +364,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
 
     @property
-    def _scores_old(self) -> bool:
-        """Whether the old policy's log-probs take forwards, where TRL asks for them."""
-        given = self.args.old_logps == "rollout" or self.args.ratio_denominator == "ref"
-        return not given and self.args.loss_type != "wd1"
-
-    @property
-    def _scores_reference(self) -> bool:
-        """Whether the reference's log-probs of the tokens are needed; the full KL runs it beside the policy."""
-        return self.args.kl_estimator == "k3" or self.args.ratio_denominator == "ref"
-
-    @property
     def _num_draws(self) -> int:
         """Inner iterations for which old and reference log-probs differ because something random is drawn in each."""
-        random = self.estimator.stochastic or self.args.p_mask_prompt > 0
-        return self.num_iterations if random and self.args.redraw_views and self.model.training else 1
+        return self.args.num_draws(self.estimator) if self.model.training else 1
 
     def _num_views(self, rollout: Rollout) -> int:
         """The largest number of views over all processes: each of them makes as many forwards as the others."""
@@ -419,13 +401,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 differentiable_entropy=self._entropy_bonus_enabled,
                 reference=reference,
             )
-        if not self.model.training:  # the run's cost is that of training
-            return scores
-        rows, width = view.input_ids.shape
-        passes = 1 + (reference is not None)
-        if torch.is_grad_enabled():  # the backward pass, and what it recomputes
-            passes += (1 if self._frozen_backbone else 2) + bool(self.args.gradient_checkpointing)
-        self._flops["counted"] += passes * self._count_flops(rows, width, width, int(scores.scored.sum()))
+        if self.model.training:  # the run's cost is that of training
+            width, training = view.input_ids.shape[1], torch.is_grad_enabled()
+            for scored in scores.scored.split(batch_size or len(scores.scored)):  # one forward each
+                self.flops.counted += self._count_flops.view(
+                    len(scored), width, int(scored.sum()), training, reference=reference is not None
+                )
         return scores
 
     def _score_views(self, model, rollout: Rollout, iteration: int, views: int, *args) -> TokenScores:
@@ -466,7 +447,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         # the real ones in.
         check_estimator(self.estimator, self._rollout, self.spec)
         asked_for_old = self._needs_old and not self._scored
-        if not (self._scores_old if asked_for_old else self._scores_reference):
+        if not (self.args.scores_old if asked_for_old else self.args.scores_reference):
             self._scored.append(self._rollout.logps[:, None])
             return input_ids.new_zeros(input_ids.shape[0], logits_to_keep, dtype=torch.float32), None, None
         views = self._num_views(self._rollout)
@@ -628,9 +609,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         metrics["sampling/steps"].append(self.accelerator.gather(rollout.num_steps.float().mean()).mean().item())
         if not training:
             return
-        self._flops["counted"] += rollout.flops
-        self._flops["paper"] += self._paper_flops(rollout)
-        totals = torch.tensor([[self._flops["counted"], self._flops["paper"]]], dtype=torch.float64)
+        self.flops.counted += rollout.flops
+        self.flops.paper += self.args.paper_flops(
+            len(rollout), self._parameters, self._frozen_backbone, self.estimator
+        ).total
+        totals = torch.tensor([[self.flops.counted, self.flops.paper]], dtype=torch.float64)
         totals = self.accelerator.gather(totals.to(self.accelerator.device)).sum(dim=0).tolist()
         metrics["flops"] = [totals[0]]
         metrics["flops_paper"] = [totals[1]]
@@ -651,17 +634,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         metrics = self._metrics["train"]
         metrics["sampling/mismatch_kl"].append(self.accelerator.gather(kl).mean().item())
         metrics["sampling/mismatch_max"].append(self.accelerator.gather(ratio.abs().max()).max().item())
-
-    def _paper_flops(self, rollout: Rollout) -> int:
-        """d2 App. C.2 for this process's completions: sampling, old and reference log-probs, every inner update."""
-        tokens = rollout.completion_ids.numel()
-        views = self.estimator.num_views(rollout)
-        old = self._needs_old and self._scores_old
-        reference = self._scores_reference and (self.beta != 0 or self.args.ratio_denominator == "ref")
-        scored = (old + reference) * self._num_draws * views * 2
-        beside = 2 * (self._reference is not None)  # the full KL runs the reference in every update
-        update = self.num_iterations * views * ((4 if self._frozen_backbone else 6) + beside)
-        return tokens * self._parameters * (2 * int(rollout.num_steps.max()) + scored + update)
 
     # -------------------------------------------------------------------------------------------------------- model
     # card
