@@ -7,6 +7,8 @@ import pytest
 import torch
 from oracles import sharp_model
 
+from trl_dllm.scripts import init_tiny
+
 
 torch.set_num_threads(1)
 
@@ -28,6 +30,14 @@ def models():
         return cache[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> str:
+    """A folder with a tiny LLaDA and its tokenizer, as `trl-dllm init-tiny` writes it. Shared: do not write to it."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    init_tiny.main(init_tiny.make_parser().parse_args([folder, "--hidden_size", "16", "--num_layers", "1"]))
+    return folder
 
 
 @pytest.fixture(scope="session")

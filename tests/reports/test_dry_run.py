@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import transformers.training_args
+from helpers_scripts import GRPO, write_recipe
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from trl_dllm import cli
 from trl_dllm.models import TrainingFlops, backbone_parameters, create_tiny_model
 from trl_dllm.reports import dry_run
 from trl_dllm.scripts import common, grpo, sft
@@ -139,3 +142,29 @@ def test_gradients_have_the_type_of_what_is_trained(tiny, settings, size):
     assert facts["GiB a GPU: gradients"] * 2**30 == trained * size
     assert facts["GiB a GPU: optimizer"] * 2**30 == trained * 8
     assert ("GiB a GPU: reference" in facts) == ("use_peft" not in settings)
+
+
+def test_a_dry_run_loads_no_weights_and_counts_the_batch(tmp_path, tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights loaded"))
+    config = write_recipe(
+        tmp_path, GRPO, model_name_or_path=tiny_checkpoint, output_dir=str(tmp_path), num_iterations=2, beta=0.04
+    )
+    parsed = grpo.make_parser().parse_args_and_config(["--config", config, "--dry_run", "true"])
+    facts = grpo.main(*parsed)
+    assert facts["completions a generation batch"] == 4 and facts["prompts a generation batch"] == 1
+    assert facts["decoding steps a completion"] == 4 and facts["views a completion"] == 2
+    parameters = 5840
+    assert facts["FLOPs of sampling a generation batch (d2 App. C.2)"] == 4 * 16 * 4 * 2 * parameters
+    assert facts["FLOPs of old and reference log-probs"] == 2 * 4 * 16 * 2 * 2 * parameters
+    assert facts["FLOPs of its updates"] == 4 * 16 * 2 * 6 * parameters * 2
+    common = ["--model_name_or_path", tiny_checkpoint, "--max_new_tokens", "16", "--diffusion_steps", "4", "--dry_run"]
+    cli.main(["eval", *common, "--task", "sudoku", "--num_examples", "64", "--output_dir", str(tmp_path / "e")])
+    cli.main(["generate", *common, "--prompt", "1="])
+    assert "forwards" in capsys.readouterr().out
+
+
+def test_a_dry_run_knows_the_published_shapes_without_the_hub(no_hub):
+    assert 7.9e9 < dry_run.count_parameters(dry_run.read_config("GSAI-ML/LLaDA-8B-Instruct")) < 8.1e9
+    assert 7.5e9 < dry_run.count_parameters(dry_run.read_config("Dream-org/Dream-v0-Instruct-7B")) < 7.7e9
+    with pytest.raises(OSError, match="no network"):
+        dry_run.read_config("some/other-model")
