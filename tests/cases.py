@@ -3,6 +3,7 @@
 Rows differ in every way (prompt, steps, counted length): equal rows would hide wrong masks and wrong normalisers.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,6 +93,11 @@ def sample(model, prompts=PROMPTS, seeds=SEEDS, width=None, batch_size=None, **s
     ids, mask = left_pad(prompts, width)
     config = DiffusionGenerationConfig(**settings)
     return generate(model, ids, mask, config, seeds=seeds, batch_size=batch_size).validate()
+
+
+def whole_canvas(rollout: Rollout) -> Rollout:
+    """The rollout with everything counted that was revealed, what stands behind an EOS included."""
+    return replace(rollout, counted=rollout.revealed)
 
 
 def common_eos(model) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import sharp_model
 
+from trl_dllm.sandbox import SandboxUnavailable, choose_sandbox
 from trl_dllm.scripts import init_tiny
 
 
@@ -49,3 +50,12 @@ def data_dir() -> Path:
     if not Path(path).is_dir():
         pytest.skip(f"TRL_DLLM_DATA={path!r} is not a folder")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> str:
+    """The kind of sandbox for generated programs that works here."""
+    try:
+        return choose_sandbox()
+    except SandboxUnavailable as error:
+        pytest.skip(f"no sandbox on this machine: {error}")

@@ -275,7 +275,7 @@ def slow_decode(
     stop_at_eos: bool = False,
     cfg_scale: float = 0.0,
 ):
-    """Decode one row by itself, METHODS §3.1 word for word; returns tokens, steps and log-probs as lists."""
+    """Decode one row by itself, docs/methods.md §3.1 word for word; returns tokens, steps and log-probs as lists."""
     tokens, steps, logps, step = [mask] * canvas, [-1] * canvas, [0.0] * canvas, 0
     for start in range(0, canvas, block_length):
         in_block, step_in_block = range(start, start + block_length), 0
@@ -336,7 +336,7 @@ def slow_step_merge(model, rollout: Rollout, segments: int | None, shift: int, t
         cuts = segment_cuts(total, segments) if segments else list(range(total + 1))
         cache = {}
         for i, step in enumerate(steps):
-            if step < 0:
+            if not rollout.counted[row, i]:
                 continue
             cut = max(b for b in cuts if b <= step)
             if cut not in cache:
@@ -380,9 +380,10 @@ def masked_score(model, rollout: Rollout, row: int, chosen, shift, temperature=1
 
 
 def assemble(rollout: Rollout, scores: dict) -> torch.Tensor:
-    """The dictionary {(row, position): log-prob} as (B, L)."""
+    """The dictionary {(row, position): log-prob} as (B, L), of the counted positions."""
     zero = torch.zeros((), dtype=torch.float64)
     rows, canvas = rollout.completion_ids.shape
+    scores = {place: value for place, value in scores.items() if rollout.counted[place]}
     return torch.stack([torch.stack([scores.get((r, i), zero) for i in range(canvas)]) for r in range(rows)])
 
 
@@ -440,7 +441,7 @@ def slow_any_order(model, rollout: Rollout, temperature: float = 1.0):
         order = sorted((i for i, s in enumerate(steps) if s >= 0), key=lambda i: (steps[i], i))
         logps.append([zero] * len(tokens))
         entropies.append([zero] * len(tokens))
-        for i in order:
+        for i in (i for i in order if rollout.counted[row, i]):
             before = [(j, tokens[j]) for j in order if steps[j] < steps[i]]
             p = token_distribution(next_logits(model, unpadded(rollout, row), before, [i])[0], mask, temperature)
             logps[-1][i] = p[tokens[i]].log()

@@ -35,6 +35,32 @@ def test_the_harness_finds_the_model_by_name(folder):
     assert type(model).__name__ == "DiffusionLM" and model._config(16).diffusion_steps == 8
 
 
+def test_every_decoding_setting_is_taken_and_scaled_to_another_canvas(folder):
+    create = get_model("trl_dllm").create_from_arg_string
+    common = f"pretrained={folder},max_new_tokens=16,block_length=8,remasking=margin,stop_at_eos=false"
+    model = create(f"{common},tokens_per_step=1", {"batch_size": 2, "max_batch_size": None, "device": "cpu"})
+    for length, block, steps in ((16, 8, 16), (24, 8, 24), (12, 12, 12), (7, 7, 7), (37, 1, 37)):
+        found = model._config(length)
+        assert (found.block_length, found.diffusion_steps, found.steps_per_block) == (block, steps, block)
+        assert found.remasking == "margin" and not found.stop_at_eos and found.temperature == 0
+    model = create(f"{common},diffusion_steps=8")  # two tokens a step
+    for length, steps in ((24, 12), (12, 6), (7, 3), (37, 37)):
+        assert model._config(length).diffusion_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "match"),
+    [
+        ("token_per_step=1", TypeError, "token_per_step"),
+        ("block_length=5", ValueError, "block_length=5 does not divide max_new_tokens=16"),
+        ("tokens_per_step=1.0", ValueError, "tokens_per_step=1.0 must be a whole number"),
+    ],
+)
+def test_a_setting_to_mend_is_an_error_before_the_model_loads(setting, error, match):
+    with pytest.raises(error, match=match):
+        get_model("trl_dllm").create_from_arg_string(f"pretrained=no/such-model,max_new_tokens=16,{setting}")
+
+
 def test_generation_is_cut_at_the_stop_strings_and_does_not_depend_on_the_batch(folder):
     create = get_model("trl_dllm")
     requests = ask(

@@ -48,7 +48,7 @@ SMALL = {
 def test_a_tiny_model_trains_on_the_task_from_its_recipe(task, tiny_checkpoint, tmp_path, data_dir, monkeypatch):
     monkeypatch.setenv("TRL_DLLM_ALLOW_CODE_EXECUTION", "1")
     if task in ("humaneval", "mbpp"):
-        from trl_dllm.tasks.execution import SandboxUnavailable, choose_sandbox
+        from trl_dllm.sandbox import SandboxUnavailable, choose_sandbox
 
         try:
             choose_sandbox()

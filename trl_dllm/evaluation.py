@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -221,7 +221,7 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
     return summary
 
 
-def summarise(records: list[Mapping], num_samples: int) -> dict:
+def summarise(records: Sequence[Mapping], num_samples: int) -> dict:
     """Solve rate, interval and pass@k of scored completions; a task with cells (Sudoku) gives cells as total."""
     right: dict[int, int] = {}
     for record in records:

@@ -7,6 +7,9 @@ The harness finds models by a table of its own, so this module registers ours an
 `generate_until` decodes a canvas, `loglikelihood` is a Monte-Carlo evidence lower bound (`Elbo`).
 """
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -14,7 +17,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from .evaluation import complete
-from .generation import DiffusionGenerationConfig, generate
+from .generation import DiffusionGenerationConfig, generate, resolve_schedule
 from .likelihood import Elbo, token_logps
 from .models import MaskedDiffusionSpec
 from .noise import Purpose, hash64
@@ -29,14 +32,15 @@ class DiffusionLM(LM):
         pretrained (`str`): folder or Hub name.
         dtype (`str`): of the weights.
         batch_size (`int`): rows a forward.
-        max_new_tokens (`int`): canvas length where a task does not say (`max_gen_toks`).
-        block_length, diffusion_steps, temperature, remasking: decoding, as in `DiffusionGenerationConfig`; steps are
-        for
-            `max_new_tokens`, and scaled to another canvas.
         num_samples (`int`): Monte-Carlo draws of the evidence lower bound; LLaDA's own evaluation takes 128.
         is_greedy (`bool`): whether to find out if greedy decoding gives a continuation (a forward a token), which
             accuracy on multiple choice does not need; otherwise it is reported as not.
         seed (`int`): of all draws.
+        max_new_tokens (`int`): canvas length where a task does not say (`max_gen_toks`).
+        temperature (`float`): of the draws; 0 is greedy.
+        decoding: any further field of `DiffusionGenerationConfig`, for a canvas of `max_new_tokens`. Another canvas
+            has the same blocks, or the default ones where they do not divide it, and as many tokens a step, rounded
+            up.
     """
 
     def __init__(
@@ -45,61 +49,68 @@ class DiffusionLM(LM):
         dtype: str = "auto",
         batch_size: int | str = 8,
         device: str | None = None,
-        max_new_tokens: int = 256,
-        block_length: int | None = None,
-        diffusion_steps: int | None = None,
-        temperature: float = 0.0,
-        remasking: str = "low_confidence",
         num_samples: int = 128,
         is_greedy: bool = False,
         seed: int = 0,
-        **kwargs,
+        max_batch_size: int | None = None,  # given by the harness for batch_size="auto"
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        **decoding: Any,
     ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         super().__init__()
+        # First of all, so that bad settings are an error before the model loads.
+        self.sampling = DiffusionGenerationConfig(max_new_tokens, temperature=temperature, **decoding)
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained, padding_side="left")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype).eval().to(self._device)
         self.spec = MaskedDiffusionSpec.from_model(self.model, self.tokenizer)
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
-        self.max_new_tokens, self.block_length, self.diffusion_steps = max_new_tokens, block_length, diffusion_steps
-        self.temperature, self.remasking, self.seed = float(temperature), remasking, int(seed)
         self.num_samples, self.find_greedy = int(num_samples), str(is_greedy).lower() == "true"
-        self._config(max_new_tokens)  # settings that do not divide are an error now
+        self.seed = int(seed)
 
     @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        assert isinstance(text, str)  # with tokenize=False
+        return text
 
     def _config(self, canvas_length: int) -> DiffusionGenerationConfig:
-        same = canvas_length == self.max_new_tokens
-        return DiffusionGenerationConfig(
+        """The decoding settings for a canvas."""
+        given = self.sampling
+        if canvas_length == given.max_new_tokens:
+            return given
+        assert given.block_length is not None and given.diffusion_steps is not None  # a config has filled them in
+        block_length = given.block_length if canvas_length % given.block_length == 0 else None
+        block_length, _ = resolve_schedule(canvas_length, block_length, None, None)
+        steps = block_length * given.diffusion_steps // given.max_new_tokens
+        return replace(
+            given,
             max_new_tokens=canvas_length,
-            block_length=self.block_length if canvas_length % (self.block_length or 1) == 0 else None,
-            diffusion_steps=self.diffusion_steps if same else None,
-            temperature=self.temperature,
-            remasking=self.remasking,
+            block_length=block_length,
+            diffusion_steps=canvas_length // block_length * min(max(steps, 1), block_length),
+            tokens_per_step=None,
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Complete each request's context on a canvas, cut at the first of its stop strings."""
         answers = [""] * len(requests)
         order = sorted(
-            range(len(requests)), key=lambda i: requests[i].args[1].get("max_gen_toks", self.max_new_tokens)
+            range(len(requests)), key=lambda i: requests[i].args[1].get("max_gen_toks", self.sampling.max_new_tokens)
         )
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until")
         while order:
-            canvas_length = requests[order[0]].args[1].get("max_gen_toks", self.max_new_tokens)
+            canvas_length = requests[order[0]].args[1].get("max_gen_toks", self.sampling.max_new_tokens)
             batch = [
                 i
                 for i in order[: self.batch_size]
-                if requests[i].args[1].get("max_gen_toks", self.max_new_tokens) == canvas_length
+                if requests[i].args[1].get("max_gen_toks", self.sampling.max_new_tokens) == canvas_length
             ]
             order = order[len(batch) :]
             seeds = hash64(self.seed, Purpose.EVALUATION, torch.tensor(batch))

@@ -1,6 +1,7 @@
 """A rollout: prompts, the completions drawn for them, and how they were drawn."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,14 +107,32 @@ class Rollout:
         """Positions that were revealed, bool (B, L)."""
         return self.unmask_step >= 0
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+
+    @staticmethod
+    def scheduled(canvas_length: int, steps: int) -> "Rollout":
+        """One row without a prompt, all of whose canvas was revealed evenly in `steps` steps.
+
+        It stands for a run's rollouts where only shapes matter: an estimator's number of views and their width.
+        """
+        zeros = torch.zeros(1, canvas_length, dtype=torch.int64)
+        return Rollout(
+            prompt_ids=zeros[:, :0],
+            prompt_mask=zeros[:, :0].bool(),
+            completion_ids=zeros,
+            unmask_step=torch.arange(canvas_length)[None] * steps // canvas_length,
+            logps=zeros.float(),
+            counted=torch.ones_like(zeros, dtype=torch.bool),
+            view_seed=zeros[:, 0],
+            mask_token_id=-1,
+        )
 
     @staticmethod
     def cat(rollouts: list["Rollout"]) -> "Rollout":
         """Stack rollouts that have equal widths; counters add up."""
         first = rollouts[0]
-        stacked = {name: torch.cat([getattr(r, name) for r in rollouts]) for name in first._tensors()}
+        stacked: dict[str, Any] = {name: torch.cat([getattr(r, name) for r in rollouts]) for name in first._tensors()}
         counters = {name: sum(getattr(r, name) for r in rollouts) for name in ("num_forwards", "flops")}
         return replace(first, **stacked, **counters)
 

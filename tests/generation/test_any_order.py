@@ -1,4 +1,4 @@
-"""Any-order decoding, recomputed in full and with the exact cache: METHODS §3.2 and identities 3 and 7."""
+"""Any-order decoding, recomputed in full and with the exact cache: docs/methods.md §3.2 and identities 3 and 7."""
 
 import itertools
 from types import SimpleNamespace

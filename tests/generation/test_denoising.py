@@ -1,4 +1,4 @@
-"""The denoising sampler against a decoder that takes one row, one forward and one token at a time (METHODS §3.1)."""
+"""The denoising sampler against a decoder that takes one row and one token at a time (docs/methods.md §3.1)."""
 
 import math
 from collections import Counter

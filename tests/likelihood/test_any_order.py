@@ -1,4 +1,4 @@
-"""The exact likelihood of an any-order trajectory in one pass: METHODS §2.2 and identities 1, 3, 4 and 7.
+"""The exact likelihood of an any-order trajectory in one pass: docs/methods.md §2.2 and identities 1, 3, 4 and 7.
 
 The oracle knows neither the P + 2L layout nor a cache: for each token it runs the prompt, the tokens revealed before
 it in their order, and one mask, under attention written with plain loops.
@@ -8,7 +8,7 @@ import importlib.util
 
 import pytest
 import torch
-from cases import MASK, PROMPTS, SEEDS, VOCAB, assert_same_rollout, sample_any_order
+from cases import MASK, PROMPTS, SEEDS, VOCAB, assert_same_rollout, sample_any_order, whole_canvas
 from oracles import left_pad, random_rollout, sharp_model, slow_any_order
 from peft import LoraConfig, get_peft_model
 
@@ -44,8 +44,8 @@ def test_identity_3_any_order_equals_slow_oracle(models, attn):
             logps, entropies = slow_any_order(models("llada", attn="eager"), rollout, temperature=0.7)
         torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0)
         torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=0)
-        assert torch.equal(scores.scored, rollout.revealed)
-        assert scores.logps[~rollout.revealed].eq(0).all()
+        assert torch.equal(scores.scored, rollout.counted)
+        assert scores.logps[~rollout.counted].eq(0).all()
 
 
 @pytest.fixture
@@ -106,8 +106,9 @@ def test_identity_3_any_order_equals_causal_pkl_t(models):
 def test_identity_3_scores_equal_both_decoders(models, attn, prompts, settings):
     """Float32: AnyOrder on an any-order rollout is the cached decoder's log-probs and the uncached one's, to 1e-5."""
     model = models("llada", torch.float32, attn)
-    cached, uncached = (sample_any_order(model, cache, prompts, **settings) for cache in ("exact", None))
-    assert_same_rollout(cached, uncached)
+    rollouts = [sample_any_order(model, cache, prompts, **settings) for cache in ("exact", None)]
+    assert_same_rollout(*rollouts)
+    cached, uncached = map(whole_canvas, rollouts)
     with torch.no_grad():
         scores = token_logps(model, cached, AnyOrder())
     torch.testing.assert_close(scores.logps, cached.logps, atol=1e-5, rtol=0)
@@ -117,7 +118,7 @@ def test_identity_3_scores_equal_both_decoders(models, attn, prompts, settings):
 @pytest.mark.slow
 def test_identity_3_scores_equal_the_cached_decoder_on_flex_attention(models, fresh_compiler):
     model = models("llada", torch.float32, "flex_attention")
-    rollout = sample_any_order(model, diffusion_steps=8)
+    rollout = whole_canvas(sample_any_order(model, diffusion_steps=8))
     assert model.config._attn_implementation == "flex_attention"
     with torch.no_grad():
         scores = token_logps(model, rollout, AnyOrder())
@@ -239,7 +240,7 @@ def test_identity_4_a_tokens_own_value_does_not_reach_its_mask_row(models):
 
 
 def test_identity_4_bidirectional_pkl_t_leaks_with_two_layers_and_not_with_one(models):
-    """Through the other clean rows (d2 and PADRE §4.4; METHODS §2.3)."""
+    """Through the other clean rows (d2 and PADRE §4.4; docs/methods.md §2.3)."""
     rollout, estimator = random_rollout(MASK, VOCAB, 0), TrajectoryPseudoLikelihood("bidirectional")
     assert estimator.exact_for == ()
     moved = _leak(models("llada"), rollout, estimator)

@@ -1,4 +1,4 @@
-"""METHODS §7, identity 9: the expected gradient of the plain-sum loss is that of the expected reward (Theorem 3.1)."""
+"""docs/methods.md §7: identity 9. The plain-sum loss has the expected reward's gradient (d2, Theorem 3.1)."""
 
 import itertools
 import math

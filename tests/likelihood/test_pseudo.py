@@ -1,4 +1,4 @@
-"""PADRE's pseudo-likelihoods: METHODS §7, identities 1, 5 and 7.
+"""PADRE's pseudo-likelihoods: docs/methods.md §7: identities 1, 5 and 7.
 
 Identities 3 and 4, of `TrajectoryPseudoLikelihood`, are in test_any_order.py; identity 6 is in
 trainer/test_grpo_padre.py.

@@ -1,4 +1,4 @@
-"""StepMerge, MeanField and ExactTrajectory: METHODS §7, identities 1, 2, 7 and 8.
+"""StepMerge, MeanField and ExactTrajectory: docs/methods.md §7: identities 1, 2, 7 and 8.
 
 Identity 9, of the gradient, is in test_policy_gradient.py.
 """
@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from cases import MASK, PROMPTS, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, sample
+from cases import MASK, PROMPTS, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, sample, whole_canvas
 from oracles import (
     canvas_before,
     enumerate_trajectories,
@@ -38,9 +38,9 @@ def names(estimator):
 
 
 def draw(model, **settings):
-    """A rollout whose rows differ in prompt length, steps (threshold or early stop) and counted length."""
+    """A rollout whose rows differ in prompt length and steps (threshold or early stop), all of it counted."""
     settings = {"block_length": 4, "eos_token_ids": tuple(range(30, 45)), **settings}
-    return sample(model, seeds=hash64(0, torch.arange(len(PROMPTS))), **settings)
+    return whole_canvas(sample(model, seeds=hash64(0, torch.arange(len(PROMPTS))), **settings))
 
 
 # -------------------------------------------------------------------------------------------------- against the oracle
@@ -58,7 +58,7 @@ def test_scores_equal_slow_oracle(models, family, estimator):
         logps, entropies = slow_step_merge(model, rollout, segments, SHIFT[family], temperature=0.7)
     torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0)
     torch.testing.assert_close(scores.entropies, entropies, atol=1e-5, rtol=0)
-    assert torch.equal(scores.scored, rollout.unmask_step >= 0), "every revealed position is scored, counted or not"
+    assert torch.equal(scores.scored, rollout.counted), "what nobody counts is not scored"
     assert scores.logps[~scores.scored].eq(0).all() and scores.entropies[~scores.scored].eq(0).all()
 
 
@@ -273,7 +273,7 @@ def test_identity_8_trajectory_probabilities_sum_to_one(remasking, shape):
 
 
 def test_identity_8_value_dependent_orders_are_not_normalised():
-    """Under low_confidence the product of the values' probabilities is no trajectory probability (METHODS §3.1)."""
+    """Under low_confidence the product of the probabilities is no trajectory probability (docs/methods.md §3.1)."""
     model, mask, seen = random_table(3, 3, seed=9), 2, set()
     # Every trajectory that the sampler can take: a token is proposed at each masked position, the likeliest is kept.
     stack = [((mask,) * 3, (-1,) * 3, 0)]

@@ -13,14 +13,14 @@ from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
 def test_spec_of_the_families():
     for family, shift in (("llada", 0), ("dream", 1)):
         model, tokenizer = create_tiny_model(family, hidden_size=16, num_layers=1)
-        assert MaskedDiffusionSpec.from_model(model) == MaskedDiffusionSpec(3, shift, None)
+        assert MaskedDiffusionSpec.from_model(model) == MaskedDiffusionSpec(3, shift)
         assert MaskedDiffusionSpec.from_model(model, tokenizer).mask_token_id == tokenizer.mask_token_id
 
 
 def test_spec_of_a_stock_decoder_trained_as_a_diffusion_model():
     """Any decoder with is_causal=False and a mask token; the tokenizer may be the one that names it."""
-    config = LlamaConfig(vocab_size=50, is_causal=False, mask_token_id=7, block_length=4)
-    assert MaskedDiffusionSpec.from_config(config) == MaskedDiffusionSpec(7, 0, 4)
+    config = LlamaConfig(vocab_size=50, is_causal=False, mask_token_id=7, logits_shift=1)
+    assert MaskedDiffusionSpec.from_config(config) == MaskedDiffusionSpec(7, 1)
     _, tokenizer = create_tiny_model("llada", hidden_size=16, num_layers=1)
     assert MaskedDiffusionSpec.from_config(LlamaConfig(vocab_size=50, is_causal=False), tokenizer).mask_token_id == 3
 

@@ -1,4 +1,4 @@
-"""The likelihood report against full logits, one token at a time (METHODS §6)."""
+"""The likelihood report against full logits, one token at a time (docs/methods.md §6)."""
 
 import json
 import math

@@ -303,7 +303,7 @@ def test_old_and_reference_log_probs_are_those_of_the_policy_at_generation_and_o
 
 
 def test_exact_trajectory_scores_equal_the_samplers_own_log_probs(tmp_path, spy):
-    """Identity 2 in the trainer: what is scored as old policy is what the sampler drew from, per token."""
+    """Identity 2 (docs/methods.md §7): what is scored as old policy is what the sampler drew from, per token."""
     trainer = build(
         tmp_path,
         SpyTrainer,

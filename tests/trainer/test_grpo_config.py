@@ -13,7 +13,8 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer
-from trl_dllm.likelihood import ExactTrajectory, MeanField, StepMerge
+from trl_dllm.likelihood import ESTIMATORS, ExactTrajectory, MeanField, StepMerge
+from trl_dllm.scripts import grpo
 from trl_dllm.trainer.grpo_trainer import _OVERRIDDEN as OVERRIDDEN
 from trl_dllm.trainer.stock import check_trl
 
@@ -25,8 +26,14 @@ REFUSED = [
     ({"num_segments": 0}, "0", "between 1 and"),
     ({"num_segments": 5, "diffusion_steps": 4}, "5", "decoding steps, 4"),
     ({"num_segments": 9, "confidence_threshold": 0.5, "diffusion_steps": None}, "9", "8"),
-    ({"num_segments": 2, "estimator": "mean_field"}, "2", "remove it"),
+    ({"num_segments": 2, "estimator_kwargs": {"num_segments": 3}}, "2", "set one"),
+    ({"num_segments": 2.0}, "2.0", "a whole number or None"),
+    ({"num_segments": True}, "True", "a whole number or None"),
+    ({"num_segments": "2"}, "'2'", "a whole number or None"),
     ({"estimator_kwargs": {"num_segmentz": 4}}, "'num_segmentz'", "did you mean 'num_segments'"),
+    ({"estimator_kwargs": {"args": 4}, "estimator": "exact_trajectory"}, "'args'", "it takes no arguments"),
+    ({"estimator_kwargs": [4]}, "[4]", "a mapping"),
+    ({"estimator_kwargs": "num_segments: 4"}, "'num_segments: 4'", "a mapping"),
     ({"block_length": 3}, "3", "choose a divisor of 8"),
     ({"block_length": 0}, "0", "choose a divisor of 8"),
     ({"diffusion_steps": 3}, "3", "multiple of 2"),
@@ -53,9 +60,16 @@ REFUSED = [
     ({"temperature": -1.0}, "-1.0", "0 is greedy"),
     ({"p_mask_prompt": 1.0}, "1.0", "0.15"),
     ({"p_mask_prompt": -0.1}, "-0.1", "[0, 1)"),
-    ({"loss_tokens": "all"}, "'all'", "'canvas'"),
+    ({"p_mask_prompt": float("nan")}, "nan", "a finite number"),
+    ({"loss_tokens": "all"}, "'all'", "choose 'eos' or 'canvas'"),
+    ({"ratio_denominator": "old_policy"}, "'old_policy'", "choose 'old' or 'ref'"),
+    ({"kl_estimator": "k1"}, "'k1'", "choose 'k3' or 'full'"),
+    ({"redraw_views": "no"}, "'no'", "True or False"),
     ({"score_temperature": 0.0}, "0.0", "1.0"),
+    ({"score_temperature": float("nan")}, "nan", "a finite number or None"),
+    ({"score_temperature": float("inf")}, "inf", "a finite number or None"),
     ({"sampler_batch_size": 0}, "0", "None"),
+    ({"sampler_batch_size": 4.0}, "4.0", "a whole number or None"),
     ({"cfg_scale": 1.5}, "1.5", "generation and evaluation"),
     ({"use_vllm": True}, "True", "masked diffusion decoding"),
     ({"use_transformers_continuous_batching": True}, "True", "leave it off"),
@@ -290,6 +304,42 @@ def test_the_estimator_that_the_fields_name_is_built(tmp_path, settings, expecte
     assert expected is not StepMerge or built.num_segments == 3
 
 
+@pytest.mark.parametrize("segments", [2.0, True, "2", 0.0])
+def test_segments_among_the_estimators_arguments_are_a_whole_number(tmp_path, segments):
+    with pytest.raises(ValueError, match=f"num_segments={segments!r} must be a whole number"):
+        config(tmp_path, estimator_kwargs={"num_segments": segments})
+
+
+def test_segments_may_be_given_in_both_places_if_they_agree(tmp_path):
+    found = config(tmp_path, num_segments=3, estimator_kwargs={"num_segments": 3})
+    assert found.num_segments == 3 == found.build_estimator().num_segments
+    assert config(tmp_path, estimator_kwargs={"num_segments": 3}).num_segments == 3
+
+
+def test_under_a_threshold_a_canvas_may_take_a_step_a_token(tmp_path):
+    found = config(tmp_path, num_segments=8, confidence_threshold=0.5, diffusion_steps=None)
+    assert found.build_estimator().num_segments == 8
+
+
+@pytest.mark.parametrize("estimator", ["mean_field", "exact_trajectory", "pkl"])
+def test_segments_are_ignored_with_one_warning_by_an_estimator_that_has_none(tmp_path, recwarn, estimator):
+    """More of them than decoding steps, too: the value belongs to another estimator."""
+    found = config(tmp_path, estimator=estimator, num_segments=64)
+    assert type(found.build_estimator()) is ESTIMATORS[estimator] and found.num_segments is None
+    messages = [str(w.message) for w in recwarn if "num_segments" in str(w.message)]
+    assert messages == [f"num_segments=64 is ignored: estimator={estimator!r} has no segments."]
+
+
+def test_another_estimator_on_the_command_line_works_over_a_recipe_with_segments(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nnum_segments: 8\n")
+    _, found, _ = grpo.make_parser().parse_args_and_config(["--config", str(recipe)])
+    assert type(found.build_estimator()) is StepMerge and found.num_segments == 8
+    with pytest.warns(UserWarning, match="num_segments=8 is ignored"):
+        _, found, _ = grpo.make_parser().parse_args_and_config(["--config", str(recipe), "--estimator", "mean_field"])
+    assert type(found.build_estimator()) is MeanField
+
+
 def test_an_estimator_instance_replaces_the_named_one(tmp_path):
     trainer = build(tmp_path, estimator=StepMerge(2), num_segments=4)
     assert trainer.estimator.num_segments == 2
@@ -297,11 +347,14 @@ def test_an_estimator_instance_replaces_the_named_one(tmp_path):
 
 
 def test_every_field_is_documented_twice():
-    stock = {f.name for f in fields(GRPOConfig)}
+    stock, documented = {f.name for f in fields(GRPOConfig)}, " ".join(DiffusionGRPOConfig.__doc__.split())
     for f in fields(DiffusionGRPOConfig):
         if f.name not in stock or f.name == "disable_dropout":
             assert f.metadata.get("help"), f.name
             assert f.name in DiffusionGRPOConfig.__doc__, f.name
+            assert f.metadata["help"] in documented, f.name
+        else:
+            assert f.metadata.get("help", "no help") not in documented, f.name
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Identity 9 on real TRL: the trainer's expected gradient is that of the expected reward (d2 Theorem 3.1).
+"""Identity 9 (docs/methods.md §7) on real TRL: the expected gradient is the expected reward's (d2 Theorem 3.1).
 
 Every rollout of a three-token canvas is enumerated and fed to `_compute_loss` with its probability as weight. The
 other side is brute force: the gradient of Σ P(rollout) · reward through the plain model's logits, with none of the

@@ -1,8 +1,8 @@
 """How a completion is drawn."""
 
-from .config import DiffusionGenerationConfig, resolve_schedule
+from .config import DecodingArguments, DiffusionGenerationConfig, resolve_schedule
 from .decode import generate
 from .denoising import default_eos
 
 
-__all__ = ["DiffusionGenerationConfig", "default_eos", "generate", "resolve_schedule"]
+__all__ = ["DecodingArguments", "DiffusionGenerationConfig", "default_eos", "generate", "resolve_schedule"]

@@ -1,4 +1,4 @@
-"""Any-order decoding (d2 Algorithms 1 and 2; METHODS §3.2), recomputed in full or with an exact key/value cache.
+"""Any-order decoding (d2 Algorithms 1 and 2; docs/methods.md §3.2), in full or with an exact key/value cache.
 
 A masked position attends to the prompt, to what has been revealed and to itself; a revealed token to the prompt, to
 what was revealed before it and to itself. So nothing that was computed for a revealed token ever changes, and the
@@ -9,7 +9,8 @@ before revealed and the masked positions of the current block.
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..models import NEVER, Attention, Layout, apply_head, order_levels, unwrap, view_inputs
@@ -141,7 +142,7 @@ def _place_in_row(row: Tensor, counts: Tensor) -> Tensor:
 
 
 @contextmanager
-def _dense_attention(model: nn.Module):
+def _dense_attention(model: PreTrainedModel):
     """FlexAttention would be compiled anew for every chunk; small rectangular masks go to sdpa."""
     before = model.config._attn_implementation
     if before == "flex_attention":
@@ -154,6 +155,9 @@ def _dense_attention(model: nn.Module):
 
 class _SlotLayer(CacheLayerMixin):
     """Keys and values of one layer in preallocated slots, (B, H, slots, D) each."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: "SlotCache"):
         super().__init__()
@@ -192,8 +196,9 @@ class SlotCache(Cache):
 
     def __init__(self, slots: int):
         self.slots = slots
-        self.offset: Tensor | None = None
+        self.offset = torch.zeros(0, dtype=torch.int64)  # the first slot of each row's next chunk
         self._largest = 0
+        self.slot_layers: list[_SlotLayer] = []
         super().__init__(layers=[])
 
     def start(self, offset: Tensor) -> None:
@@ -204,14 +209,14 @@ class SlotCache(Cache):
         return self._largest + length
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        while len(self.layers) <= layer_idx:
-            self.layers.append(_SlotLayer(self))
-        return self.layers[layer_idx].update(key_states, value_states)
+        while len(self.slot_layers) <= layer_idx:
+            self.slot_layers.append(_SlotLayer(self))
+        return self.slot_layers[layer_idx].update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) the given rows."""
-        for layer in self.layers:
+        for layer in self.slot_layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]

@@ -1,7 +1,8 @@
-"""How a canvas is decoded."""
+"""How a canvas is decoded. Each setting is declared here once, for the sampler, the trainer and the command line."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field, fields
 
+from ..fields import check_fields, check_kind, document_fields
 from .order import MEASURES, VALUE_INDEPENDENT
 
 
@@ -9,60 +10,87 @@ from .order import MEASURES, VALUE_INDEPENDENT
 CACHES = {"denoising": (None,), "any_order": (None, "exact")}
 
 
-@dataclass
-class DiffusionGenerationConfig:
-    """Settings of `generate`.
+@document_fields()
+@dataclass(kw_only=True)
+class DecodingArguments:
+    """The decoding settings that sampler, trainer and command line share.
 
-    Args:
-        max_new_tokens (`int`): canvas length L, in tokens.
-        block_length (`int`, *optional*): positions a block; blocks are decoded left to right. None takes the largest
-            divisor of the canvas up to 32.
-        diffusion_steps (`int`, *optional*): decoding steps for the whole canvas, spread evenly over the blocks. None
-            takes half the canvas (two tokens a step), or what `tokens_per_step` says.
-        tokens_per_step (`int`, *optional*): tokens revealed a step; another way to give `diffusion_steps`.
-        temperature (`float`): of the categorical draw; 0 takes the most probable token.
-        remasking (`str`): which drawn tokens are kept: "low_confidence" (un-tempered probability of the drawn token),
-            "margin" (top-1 minus top-2), "entropy", "random" or "left_to_right". With "low_confidence" the choice
-            depends on the values just drawn, so the product of the values' probabilities is not a normalised
-            trajectory probability; under the others it is.
-        confidence_threshold (`float`, *optional*): keep every position whose measure is above it, and at least one
-            (Fast-dLLM), instead of the even schedule; `diffusion_steps` then plays no part.
-        stop_at_eos (`bool`): at the end of a block, a row with a revealed EOS is finished and its later blocks stay
-            masked.
-        decoding (`str`): "denoising" (the plain bidirectional model).
-        cache (`str`, *optional*): None.
-        cfg_scale (`float`): classifier-free guidance as in LLaDA, w in u + (w + 1)(c - u); doubles the rows.
-        eos_token_ids (`tuple[int, ...]`, *optional*): tokens that end a completion; None takes the model's.
-        pad_token_id (`int`, *optional*): carried for callers that pad; the canvas itself is never padded.
-
-    Raises:
-        ValueError: a value out of range, or a `block_length` or number of steps that does not divide.
+    A new one is a field here: from it come an argument of `DiffusionGenerationConfig`, a key of recipes and of
+    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them.
     """
 
-    max_new_tokens: int = 256
-    block_length: int | None = None
-    diffusion_steps: int | None = None
-    temperature: float = 1.0
-    remasking: str = "low_confidence"
-    confidence_threshold: float | None = None
-    tokens_per_step: int | None = None
-    stop_at_eos: bool = True
-    decoding: str = "denoising"
-    cache: str | None = None
-    cfg_scale: float = 0.0
-    eos_token_ids: tuple[int, ...] | list[int] | int | None = None
-    pad_token_id: int | None = None
+    block_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Positions in a block; blocks are decoded left to right. None takes the largest divisor of the "
+            "canvas up to 32."
+        },
+    )
+    diffusion_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Decoding steps for the whole canvas, spread evenly over the blocks. None takes half the canvas "
+            "(two tokens a step), or what tokens_per_step says."
+        },
+    )
+    tokens_per_step: int | None = field(
+        default=None, metadata={"help": "Tokens revealed a step; another way to give diffusion_steps."}
+    )
+    remasking: str = field(
+        default="low_confidence",
+        metadata={
+            "help": "Which of the tokens drawn in a step are kept: 'low_confidence' (un-tempered probability of the "
+            "drawn token), 'margin' (top-1 minus top-2), 'entropy', 'random' or 'left_to_right'. Under "
+            "'low_confidence' the choice depends on the values drawn, so the product of their probabilities is not a "
+            "normalised trajectory probability; under the others it is.",
+            "choices": list(MEASURES),
+        },
+    )
+    confidence_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "Keep every position whose measure is above it, and at least one (Fast-dLLM), instead of an even "
+            "schedule; diffusion_steps then plays no part."
+        },
+    )
+    stop_at_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether a row that has revealed an EOS at the end of a block is finished, and its later blocks "
+            "stay masked. The papers decode the whole canvas."
+        },
+    )
+    decoding: str = field(
+        default="denoising",
+        metadata={
+            "help": "How completions are drawn: 'denoising', with the plain bidirectional model, or 'any_order', with "
+            "a model trained with any-order attention.",
+            "choices": sorted(CACHES),
+        },
+    )
+    cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Key/value cache of the sampler: 'exact', for any-order decoding. None recomputes everything.",
+            "choices": sorted({cache for caches in CACHES.values() for cache in caches if cache}),
+        },
+    )
+    cfg_scale: float = field(
+        default=0.0,
+        metadata={
+            "help": "Classifier-free guidance as in LLaDA, w in u + (w + 1)(c - u); doubles the rows. 0 turns it off. "
+            "Training refuses it, because the scorer would have to follow it."
+        },
+    )
 
-    def __post_init__(self):
-        canvas_length = self.max_new_tokens
-        if canvas_length < 1:
-            raise ValueError(f"max_new_tokens={canvas_length} must be at least 1.")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy).")
-        if self.remasking not in MEASURES:
-            raise ValueError(f"remasking={self.remasking!r} is unknown; choose one of {sorted(MEASURES)}.")
-        if self.decoding not in CACHES:
-            raise ValueError(f"decoding={self.decoding!r} is unknown; choose one of {sorted(CACHES)}.")
+    def check_decoding(self, canvas_length: int, canvas_name: str) -> tuple[int, int]:
+        """Check every decoding field; returns block length and steps for the canvas, filled in where they are None.
+
+        Raises:
+            ValueError: naming the field (`canvas_name` for the canvas), its value and what would be right.
+        """
+        # Which caches there are depends on `decoding`.
+        check_fields(self, [f.name for f in fields(DecodingArguments) if f.name != "cache"])
         if self.cache not in CACHES[self.decoding]:
             raise ValueError(
                 f"cache={self.cache!r} is not available for decoding={self.decoding!r}; choose one of "
@@ -77,24 +105,59 @@ class DiffusionGenerationConfig:
                 f"confidence_threshold={self.confidence_threshold} has no measure to compare with under "
                 "remasking='left_to_right'; choose 'low_confidence', 'margin', 'entropy' or 'random'."
             )
-        if isinstance(self.eos_token_ids, int):
-            self.eos_token_ids = (self.eos_token_ids,)
-        self.block_length, self.diffusion_steps = resolve_schedule(
+        check_kind(canvas_name, canvas_length, int)
+        if canvas_length < 1:
+            raise ValueError(f"{canvas_name}={canvas_length} must be at least 1.")
+        return resolve_schedule(
             canvas_length,
             self.block_length,
             self.diffusion_steps,
             self.tokens_per_step,
             self.confidence_threshold is None,
+            canvas_name,
         )
+
+
+@document_fields()
+@dataclass
+class DiffusionGenerationConfig(DecodingArguments):
+    """Settings of `generate`: the canvas, the draw, and the shared decoding settings. All but the first by keyword.
+
+    Raises:
+        ValueError: a value of the wrong type or out of range, or a `block_length` or number of steps that does not
+            divide; it names the field, the value and what would be right.
+    """
+
+    max_new_tokens: int = field(default=256, metadata={"help": "Canvas length L, in tokens."})
+    _: KW_ONLY
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of the categorical draw; 0 takes the most probable token."}
+    )
+    eos_token_ids: tuple[int, ...] | list[int] | int | None = field(
+        default=None, metadata={"help": "Tokens that end a completion. None takes the model's."}
+    )
+
+    def __post_init__(self):
+        self.block_length, self.diffusion_steps = self.check_decoding(self.max_new_tokens, "max_new_tokens")
+        check_fields(self, ["temperature"])
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must not be negative (0 is greedy).")
+        if self.eos_token_ids is not None:
+            ids = self.eos_token_ids
+            self.eos_token_ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+            for token in self.eos_token_ids:
+                check_kind("eos_token_ids", token, int)
 
     @property
     def steps_per_block(self) -> int:
         """Decoding steps that the even schedule gives a block."""
+        assert self.block_length is not None and self.diffusion_steps is not None  # filled in by __post_init__
         return self.diffusion_steps * self.block_length // self.max_new_tokens
 
     @property
     def schedule(self) -> list[int]:
         """Tokens revealed at each step of a block: even, the remainder to the first steps."""
+        assert self.block_length is not None
         each, remainder = divmod(self.block_length, self.steps_per_block)
         return [each + (step < remainder) for step in range(self.steps_per_block)]
 
@@ -136,7 +199,8 @@ def resolve_schedule(
     if diffusion_steps is None:
         # Half the canvas, rounded so that each block gets the same number of steps.
         return block_length, blocks * max(1, block_length // 2)
-    if even_schedule and (diffusion_steps % blocks or not blocks <= diffusion_steps <= canvas_length):
+    spread = diffusion_steps % blocks == 0 and blocks <= diffusion_steps <= canvas_length
+    if diffusion_steps < 1 or (even_schedule and not spread):
         raise ValueError(
             f"diffusion_steps={diffusion_steps} cannot be spread evenly over {blocks} blocks of {block_length} "
             f"({canvas_name}={canvas_length}); choose a multiple of {blocks} between {blocks} and {canvas_length}."

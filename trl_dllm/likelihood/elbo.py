@@ -16,17 +16,19 @@ from .view import Estimator, View, canvas_view
 
 
 class Elbo(Estimator):
-    """Monte-Carlo evidence lower bound over the counted positions.
+    """Monte-Carlo evidence lower bound over the counted positions (ESPO, GDPO).
 
-    The sum over a row's positions estimates the bound without bias; positions that a draw does not mask get 0 from it,
-    so all counted positions are `scored`. It is a number of the sequence: feed it to TRL's `importance_sampling_level:
-    sequence` (ESPO, GDPO). Costs `num_samples` forwards of P + L tokens a row.
+    Its R / l-weighted terms are no log-probs of tokens, and exponentiating their differences is meaningless: the bound
+    is a number of the sequence. So a row's estimate, which is unbiased, is spread evenly over its n counted positions,
+    ELBO / n on each. A ratio is then exp((ELBO_θ - ELBO_old) / n) at the token and at the sequence level alike, the k3
+    KL is that of the mean difference, and every loss keeps its meaning. Costs `num_samples` forwards of P + L tokens a
+    row.
 
     Args:
         num_samples (`int`): M, draws that are averaged.
         coupled (`bool`): draws come in complementary pairs, U and its complement (DiffuCoder), so that every position
-            is scored exactly once a pair, with weight 1: an average of log-probs and no longer the bound. M must be
-            even.
+            is scored exactly once a pair, with weight 1: an average of log-probs, which stays per token, and no longer
+            the bound. M must be even.
     """
 
     stochastic = True
@@ -37,7 +39,8 @@ class Elbo(Estimator):
         if coupled and num_samples % 2:
             raise ValueError(f"num_samples={num_samples} must be even with coupled=True: draws come in pairs.")
         self.num_samples, self.coupled = num_samples, coupled
-        self.disjoint = num_samples == (2 if coupled else 1)
+        self.disjoint = coupled and num_samples == 2
+        self.per_token = coupled
 
     def num_views(self, rollout: Rollout) -> int:
         return self.num_samples
@@ -57,6 +60,11 @@ class Elbo(Estimator):
 
     def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         return rollout.counted
+
+    def assemble(self, logps: Tensor, counted: Tensor) -> Tensor:
+        if self.coupled:
+            return logps
+        return counted * (logps.sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp(min=1))
 
 
 class CoupledElbo(Elbo):

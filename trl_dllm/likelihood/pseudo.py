@@ -54,21 +54,22 @@ class BlockPseudoLikelihood(Estimator):
             )
         if mask_attention not in ("full", "isolated"):
             raise ValueError(f"mask_attention={mask_attention!r} is unknown; choose 'full' or 'isolated'.")
-        self.block_size, self.views, self.mask_attention = block_size, num_views, mask_attention
+        self.block_size, self.mask_attention = block_size, mask_attention
+        self.views = None if isinstance(num_views, str) else num_views  # None: as many as the positions need
 
     # Which set a position falls into is random, even where every position is scored; only alone, or with all others,
     # it makes no difference.
     stochastic = True
 
     def sub_samples(self, canvas_length: int) -> bool:
-        return self.views != "partition" and self.views * self.block_size < canvas_length
+        return self.views is not None and self.views * self.block_size < canvas_length
 
     def check(self, logits_shift: int) -> None:
         if self.mask_attention == "isolated":
             check_unshifted("mask_attention='isolated'", logits_shift)
 
     def num_views(self, rollout: Rollout) -> int:
-        return -(-_largest_row(rollout) // self.block_size) if self.views == "partition" else self.views
+        return -(-_largest_row(rollout) // self.block_size) if self.views is None else self.views
 
     def _members(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         """Number of the set that each position belongs to, int64 (B, L); -1 for positions in no set."""

@@ -36,7 +36,7 @@ class TokenScores:
     kls: Tensor | None = None
 
     def __add__(self, other: "TokenScores") -> "TokenScores":
-        kls = None if self.kls is None else self.kls + other.kls
+        kls = None if self.kls is None or other.kls is None else self.kls + other.kls
         return TokenScores(self.logps + other.logps, self.entropies + other.entropies, self.scored | other.scored, kls)
 
     @staticmethod
@@ -179,4 +179,5 @@ def token_logps(
     scores = TokenScores.sum(
         score_view(model, view, canvas_length, spec, temperature, batch_size, differentiable_entropy) for view in views
     )
+    scores = replace(scores, logps=estimator.assemble(scores.logps, rollout.counted))
     return replace(scores, scored=estimator.scored(rollout, seeds, iteration) & rollout.counted)

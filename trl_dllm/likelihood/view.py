@@ -5,7 +5,6 @@ through a model and knows no paper.
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,14 +45,16 @@ class View(Layout):
 class Estimator:
     """What a paper says: which views of a rollout a likelihood is read from.
 
-    Subclasses set `stochastic` (views need a draw per inner iteration) and `disjoint` (no position is scored twice),
-    and implement `num_views` and `view`. `view(rollout, n, …)` must also answer for n beyond a rollout's own number of
-    views, by a view that scores nothing: with several processes each of them runs the largest number.
+    Subclasses set `stochastic` (views need a draw per inner iteration), `disjoint` (no position's number depends on
+    two views) and `per_token` (a position's number is its own), and implement `num_views` and `view`.
+    `view(rollout, n, …)` must also answer for n beyond a rollout's own number of views, by a view that scores nothing:
+    with several processes each of them runs the largest number.
     """
 
     stochastic = False
     disjoint = True
-    exact_for: ClassVar[tuple[str, ...]] = ()  # decoders whose own log-probs it equals, whatever the rollout
+    per_token = True
+    exact_for: tuple[str, ...] = ()  # decoders whose own log-probs it equals, whatever the rollout
 
     def num_views(self, rollout: Rollout) -> int:
         """Forwards that the rollout's rows need."""
@@ -70,6 +71,10 @@ class Estimator:
     def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         """Positions that the views of this iteration give a log-prob to, bool (B, L), without running any."""
         return rollout.revealed
+
+    def assemble(self, logps: Tensor, counted: Tensor) -> Tensor:
+        """The log-probs (B, L) that those of a view stand for; linear, since views are added up behind it."""
+        return logps
 
     def check(self, logits_shift: int) -> None:
         """Raise ValueError where a model family has no row that predicts what the estimator scores."""

@@ -38,8 +38,8 @@ class Attention:
         return Attention(level=torch.zeros_like(mask, dtype=torch.int64).masked_fill(~mask.bool(), NEVER))
 
     def __getitem__(self, rows: slice | Tensor) -> "Attention":
-        parts = (self.level, self.reach, self.column)
-        return Attention(*(None if part is None else part[rows] for part in parts))
+        reach, column = (None if part is None else part[rows] for part in (self.reach, self.column))
+        return Attention(self.level[rows], reach, column)
 
     def allowed(self) -> Tensor:
         """The rule written out, bool (B, Q, S): rows are queries, columns keys."""
@@ -81,7 +81,7 @@ def view_inputs(model: nn.Module, layout: Layout, dense: bool = False) -> dict:
     With `dense` the attention is a mask of every (row, column) even where padding is all that it hides.
     """
     bare = unwrap(model)
-    implementation = bare.config._attn_implementation
+    implementation: str = bare.config._attn_implementation
     return {
         "input_ids": layout.input_ids,
         "attention_mask": attention_mask(layout.attention, implementation, bare.dtype, dense),

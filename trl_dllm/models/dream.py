@@ -35,7 +35,8 @@ class DreamConfig(Qwen2Config):
     def to_dict(self) -> dict:
         output = super().to_dict()
         output.pop("auto_map", None)
-        return {**output, "rope_theta": self.rope_parameters["rope_theta"]}  # where the original code looks for it
+        output["rope_theta"] = output["rope_parameters"]["rope_theta"]  # where the original code looks for it
+        return output
 
 
 class DreamModel(Qwen2ForCausalLM):

@@ -12,16 +12,18 @@ A tile always has the same number of rows, so a row's numbers have the same bits
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 
 TILE_ROWS = 64
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> PreTrainedModel:
     """The transformers model inside any of DDP, FSDP, DeepSpeed's engine, torch.compile and PEFT."""
     while True:
         if isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile

@@ -7,7 +7,7 @@ folder has the Hub's own key names, and its config also carries the names that t
 import re
 
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.conversion_mapping import WeightRenaming
+from transformers.conversion_mapping import WeightConverter, WeightRenaming
 
 
 # Original config name -> the name that transformers' Llama gives the same thing.
@@ -106,12 +106,12 @@ class LLaDAConfig(LlamaConfig):
         output = super().to_dict()
         output.pop("auto_map", None)
         names = {original: output[name] for original, name in CONFIG_NAMES.items() if name in output}
-        return {**_ORIGINAL_CONSTANTS, **names, "rope_theta": self.rope_parameters["rope_theta"], **output}
+        return {**_ORIGINAL_CONSTANTS, **names, "rope_theta": output["rope_parameters"]["rope_theta"], **output}
 
 
 # Applied in order on loading and undone on saving. The head's `ff_out` goes first: the blocks' own `ff_out`, the MLP's
 # down projection, is only told from it by the layer number before it.
-KEY_RENAMING = [
+KEY_RENAMING: list[WeightConverter | WeightRenaming] = [
     WeightRenaming(source, target)
     for source, target in (
         (r"model\.transformer\.wte\.", "model.embed_tokens."),

@@ -26,12 +26,10 @@ class MaskedDiffusionSpec:
         mask_token_id (`int`): id of the mask token.
         logits_shift (`int`): 0 if the row at a position predicts that position (LLaDA), 1 if the row before it does
             (Dream, which kept the shift of the autoregressive model it came from).
-        block_length (`int`, *optional*): block length that the model was trained for, in tokens; None if it has none.
     """
 
     mask_token_id: int
     logits_shift: int = 0
-    block_length: int | None = None
 
     def __post_init__(self):
         if self.logits_shift not in (0, 1):
@@ -60,7 +58,8 @@ class MaskedDiffusionSpec:
             )
         text_config = config.get_text_config()
         tokenizer_id = getattr(tokenizer, "mask_token_id", None)
-        mask_token_id = getattr(text_config, "mask_token_id", None)
+        config_id = getattr(text_config, "mask_token_id", None)
+        mask_token_id = tokenizer_id if config_id is None else config_id
         if getattr(text_config, "is_causal", True):
             raise ValueError(
                 f"model_type={config.model_type!r} with is_causal={getattr(text_config, 'is_causal', None)!r} is an "
@@ -68,17 +67,16 @@ class MaskedDiffusionSpec:
                 "Dream, …) or, for a stock decoder trained as one, set config.is_causal = False and "
                 "config.mask_token_id."
             )
-        if mask_token_id is None and tokenizer_id is None:
+        if mask_token_id is None:
             raise ValueError(
                 f"mask_token_id is missing: neither the config of this {config.model_type!r} model nor its tokenizer "
                 "names a mask token. Set config.mask_token_id to the id that the model was trained with."
             )
-        if mask_token_id is not None and tokenizer_id is not None and mask_token_id != tokenizer_id:
+        if tokenizer_id is not None and tokenizer_id != mask_token_id:
             raise ValueError(
                 f"mask_token_id={mask_token_id} in the model's config, but the tokenizer's mask token has id "
                 f"{tokenizer_id}. Use the checkpoint's own tokenizer, or set config.mask_token_id to the right one."
             )
-        mask_token_id = tokenizer_id if mask_token_id is None else mask_token_id
         if not 0 <= mask_token_id < text_config.vocab_size:
             raise ValueError(
                 f"mask_token_id={mask_token_id} is outside the model's vocabulary of {text_config.vocab_size} tokens; "
@@ -90,11 +88,7 @@ class MaskedDiffusionSpec:
                     f"{name}={getattr(text_config, name)} is not supported: this architecture transforms its logits "
                     "behind the head, which the tiled head would not follow."
                 )
-        return cls(
-            mask_token_id=mask_token_id,
-            logits_shift=getattr(text_config, "logits_shift", 0),
-            block_length=getattr(text_config, "block_length", None),
-        )
+        return cls(mask_token_id=mask_token_id, logits_shift=getattr(text_config, "logits_shift", 0))
 
 
 def check_unshifted(name: str, logits_shift: int) -> None:

@@ -155,10 +155,10 @@ class _Run:
 
     def hidden(self, exact: Estimator) -> Tensor:
         """Hidden states (B·L, H) behind the exact conditional of each counted position."""
-        out = None
+        out = torch.zeros(0)
         for start, inputs, chosen, view in self.parts(exact):
             hidden = hidden_rows(self.model, inputs, chosen - self.spec.logits_shift)
-            out = hidden.new_zeros(self.rollout.counted.numel(), hidden.shape[-1]) if out is None else out
+            out = hidden.new_zeros(self.rollout.counted.numel(), hidden.shape[-1]) if not len(out) else out
             out[self.place(start, chosen, view)] = hidden
         return out
 
@@ -172,7 +172,8 @@ class _Run:
             kl = (log_q.exp() * (log_q - log_p)).sum(dim=1)
             return torch.stack([token, exact - token, kl, (log_q - log_p).amax(dim=1)], dim=1)
 
-        table, weights, worst, flops, forwards = 0.0, 0.0, 0.0, 0, 0
+        zeros = torch.zeros(rollout.counted.numel(), dtype=torch.float64, device=rollout.counted.device)
+        table, weights, worst, flops, forwards = zeros.repeat(3, 1), zeros, 0.0, 0, 0
         for start, inputs, chosen, view in self.parts(estimator):
             place = self.place(start, chosen, view)
             targets = view.targets.flatten()[chosen]
@@ -181,7 +182,6 @@ class _Run:
             ).double()
             weight = view.weight.flatten()[chosen].double()
             worst = max(worst, scores[:, 3].max().item() if len(scores) else 0.0)
-            zeros = scores.new_zeros(rollout.counted.numel())
             table = table + torch.stack([zeros.index_add(0, place, c * weight) for c in scores[:, :3].unbind(1)])
             weights = weights + zeros.index_add(0, place, weight)
             rows, width = view.input_ids.shape

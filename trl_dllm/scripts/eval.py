@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trl_dllm.evaluation import evaluate, rescore
 from trl_dllm.reports.dry_run import dry_run_decoding
-from trl_dllm.scripts.generate import add_generation_arguments, generation_config, load_model
+from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
 from trl_dllm.tasks import TASKS, get_task
 
 
@@ -22,7 +22,10 @@ D1_LENGTHS = (128, 256, 512)
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[generation_parser(model_required=False)],
     )
     parser.add_argument("--task", required=True, choices=sorted(TASKS), help="What to evaluate on.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
@@ -38,7 +41,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--from_generations", help="JSON lines of question, generations, ground_truth to score instead."
     )
-    add_generation_arguments(parser, model_required=False)
     return parser
 
 
@@ -58,7 +60,8 @@ def main(args: argparse.Namespace) -> dict:
         raise ValueError("Name a model with --model_name_or_path, or stored outputs with --from_generations.")
     runs = {folder: args}
     if args.protocol == "d1":
-        settings = {"block_length": 32, "temperature": 0.0, "stop_at_eos": False, "diffusion_steps": None}
+        settings: dict[str, object] = {"block_length": 32, "tokens_per_step": 2, "diffusion_steps": None}
+        settings |= {"temperature": 0.0, "stop_at_eos": False}
         lengths = args.lengths or D1_LENGTHS
         runs = {
             folder / str(n): argparse.Namespace(**{**vars(args), **settings, "max_new_tokens": n}) for n in lengths

@@ -7,12 +7,12 @@ import argparse
 import json
 from dataclasses import asdict
 
-from trl_dllm.scripts.generate import add_generation_arguments, generation_config, load_model
+from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
 from trl_dllm.tasks import TASKS, get_task
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
     parser.add_argument("--task", required=True, choices=sorted(TASKS), help="Whose prompts are completed.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
     parser.add_argument("--num_examples", type=int, default=64, help="Prompts, one completion each.")
@@ -28,7 +28,6 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="Tokens that are compared: up to the first EOS, or all.",
     )
     parser.add_argument("--output_dir", help="Where likelihood.json and likelihood.png are written; default: nowhere.")
-    add_generation_arguments(parser)
     parser.set_defaults(temperature=1.0)
     return parser
 

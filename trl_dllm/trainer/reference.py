@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
 from ..likelihood import Reference
@@ -20,7 +21,8 @@ def reference_source(model, needed: bool) -> Iterator[None]:
 
     One folder for all processes: transformers writes it on the first of them alone.
     """
-    if not needed or not isinstance(model, nn.Module) or hasattr(model, "peft_config") or model.config._name_or_path:
+    in_memory = isinstance(model, PreTrainedModel) and not model.config._name_or_path
+    if not needed or not in_memory or hasattr(model, "peft_config"):
         yield
         return
     state = PartialState()

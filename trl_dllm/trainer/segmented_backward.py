@@ -47,33 +47,34 @@ def segmented_backward(
     Returns:
         A scalar with the value of the whole loss and the gradient of the last view's part.
     """
-    separable = elsewhere is not None
-    if not separable:
+    if elsewhere is None:
         with torch.no_grad():
             everything = TokenScores.sum(score(n) for n in range(num_views))
         value, slopes = _slopes(loss, everything, record=True)
-    seen = None
+    seen: list[TokenScores] = []
     for n in range(num_views):
         last = n == num_views - 1
         with nullcontext() if last else defer_sync():
             scores = score(n)
-            if separable:
+            if elsewhere is not None:
                 detached = scores.map(Tensor.detach)
-                seen = detached if seen is None else seen + detached
+                seen.append(detached)
                 # What other views score stands at ratio 1, so that its loss is finite; the view itself is 0 there, and
                 # so is what these entries' slopes are multiplied with.
                 here = replace(detached, logps=torch.where(scores.scored, detached.logps, elsewhere))
                 _, slopes = _slopes(loss, here, record=False)
-            surrogate = sum(
-                (slope * table).sum()
-                for slope, table in zip(slopes, scores.tables, strict=True)
-                if table.requires_grad
-            )
+            surrogate = torch.stack(
+                [
+                    (slope * table).sum()
+                    for slope, table in zip(slopes, scores.tables, strict=True)
+                    if table.requires_grad
+                ]
+            ).sum()
             if not last:
                 backward(surrogate)
-    if separable:
+    if elsewhere is not None:
         with torch.no_grad():
-            value = loss(seen, True)
+            value = loss(TokenScores.sum(seen), True)
     return surrogate + (value - surrogate).detach()
 
 

@@ -11,12 +11,11 @@ Datasets, tokenisation, PEFT, quantisation, checkpoints and the distributed back
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -159,7 +158,7 @@ def any_order_view(
     place = torch.arange(max(int(count.max()), 1), device=input_ids.device)
     real = place < count  # (B, A): the answer's tokens, from its first
     column = (answer.long().argmax(dim=1, keepdim=True) + place).clamp(max=width - 1)
-    block = place // args.block_length
+    block = place // (args.block_length or len(place))
     draw = uniform(seeds[:, None], Purpose.SFT, 2, place) + block  # blocks first, then the draws within a block
     rank = draw.masked_fill(~real, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     level = (1 + rank).masked_fill(~real, NEVER)
@@ -223,9 +222,10 @@ class DiffusionSFTTrainer(SFTTrainer):
     """
 
     args: DiffusionSFTConfig
-    _tag_names: ClassVar[list[str]] = ["trl", "sft", "trl-dllm", "masked-diffusion"]
+    model: PreTrainedModel
+    _tag_names = ["trl", "sft", "trl-dllm", "masked-diffusion"]  # noqa: RUF012  TRL declares it so
     _name = "Diffusion SFT"
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL declares None and GRPO sets it as here
 
     def __init__(self, model, args=None, *positional, **kwargs):
         check_trl(SFTTrainer, _OVERRIDDEN)

@@ -1,0 +1,129 @@
+"""Every block of code in the repository's pages runs as printed, in the order of its page.
+
+Python blocks of a page share a namespace. The commands of its shell blocks run in this process, in a folder that has
+nothing but the repository's recipes in it: `trl-dllm` with the arguments of `SHRUNK` behind those that are printed,
+`make` with `-n`. `NOT_RUN` is what is left out. Configs are built as on a GPU, where bfloat16 is TRL's default.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from trl_dllm import cli
+from trl_dllm.trainer.model_card import rewrite_quick_start
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# What makes a command short; everything else is the page's. Of two values of an argument, the last one counts.
+SHRUNK = {
+    "init-tiny": "",
+    "sft": "--max_steps 2 --num_train_examples 64 --per_device_train_batch_size 8 --disable_tqdm true",
+    "grpo": "--max_steps 2 --num_train_examples 64 --per_device_train_batch_size 8 --disable_tqdm true",
+    "eval": "--num_examples 8",
+    "generate": "",
+    "report": "--num_examples 4 --batch_size 4",
+}
+
+# Beginning of a command -> why it is not run.
+NOT_RUN = {
+    "pip install": "it changes the environment that the tests run in, and needs a package index",
+    "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
+}
+
+NOT_CODE = {"", "diff", "math"}  # output, a comparison, a formula
+
+
+def blocks(text: str) -> list[tuple[str, str, int]]:
+    """(language, content, number of its first line) of each fenced block of a page."""
+    tokens = MarkdownIt("commonmark").parse(text)
+    return [(token.info.strip(), token.content, token.map[0] + 2) for token in tokens if token.type == "fence"]
+
+
+def commands(content: str) -> list[list[str]]:
+    """The commands of a shell block as lists of words, without comments."""
+    lines = content.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def of_language(language: str) -> list[Path]:
+    return [page for page in PAGES if any(found == language for found, *_ in blocks(page.read_text()))]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def run_python(text: str, where: str) -> None:
+    namespace: dict[str, object] = {"__name__": "__page__"}
+    for language, content, line in blocks(text):
+        if language == "python":
+            exec(compile("\n" * (line - 1) + content, where, "exec"), namespace)  # a traceback has the page's lines
+
+
+def not_run(words: list[str]) -> str | None:
+    return next((start for start in NOT_RUN if words[: len(start.split())] == start.split()), None)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where a page's commands run: the recipes, and the stored outputs that docs/parsers.md scores."""
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    row = {"question": "1 + 1?", "generations": r"<answer>\boxed{2}</answer>", "ground_truth": 2}
+    (tmp_path / "gsm8k_256.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """transformers refuses TRL's default precision where there is neither a GPU nor `use_cpu`."""
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+
+
+@pytest.mark.parametrize("page", of_language("python"), ids=name)
+def test_python_blocks_run(page, folder, bfloat16):
+    run_python(page.read_text(), str(page))
+
+
+@pytest.mark.parametrize("page", of_language("bash"), ids=name)
+def test_shell_blocks_run(page, folder):
+    for language, content, _ in blocks(page.read_text()):
+        for words in commands(content) if language == "bash" else []:
+            if not_run(words):
+                assert all((ROOT / word).exists() for word in words if word.endswith(".py")), words
+            elif words[0] == "make":
+                clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+                subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=clean, check=True, capture_output=True)
+            else:
+                assert words[0] == "trl-dllm" and words[1] in SHRUNK, f"{name(page)}: nothing here runs {words}"
+                cli.main([*words[1:], *SHRUNK[words[1]].split()])
+
+
+def test_every_block_is_code_that_runs_or_no_code():
+    for page in PAGES:
+        for language, _, line in blocks(page.read_text()):
+            assert language in {"python", "bash", *NOT_CODE}, f"{page}:{line}: nothing runs blocks of {language!r}"
+
+
+def test_what_is_not_run_is_printed_somewhere():
+    shell = [content for page in PAGES for language, content, _ in blocks(page.read_text()) if language == "bash"]
+    printed = [words for content in shell for words in commands(content)]
+    assert {not_run(words) for words in printed} - {None} == set(NOT_RUN)
+
+
+def test_the_snippet_of_a_model_card_runs(tmp_path, capsys):
+    model = tmp_path / "model"
+    cli.main(["init-tiny", str(model), "--hidden_size", "16", "--num_layers", "1"])
+    card = tmp_path / "README.md"
+    card.write_text("# A model\n\n## Quick start\n\n```python\nraise AssertionError\n```\n")
+    rewrite_quick_start(str(tmp_path), str(model), 8)
+    capsys.readouterr()
+    run_python(card.read_text(), str(card))
+    assert capsys.readouterr().out.startswith("['")
