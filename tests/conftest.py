@@ -7,6 +7,9 @@ import pytest
 import torch
 from oracles import sharp_model
 
+from trl_dllm.sandbox import SandboxUnavailable, choose_sandbox
+from trl_dllm.scripts import init_tiny
+
 
 torch.set_num_threads(1)
 
@@ -31,6 +34,14 @@ def models():
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> str:
+    """A folder with a tiny LLaDA and its tokenizer, as `trl-dllm init-tiny` writes it. Shared: do not write to it."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    init_tiny.main(init_tiny.make_parser().parse_args([folder, "--hidden_size", "16", "--num_layers", "1"]))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with the real data (GSM8K, Countdown, Sudoku, stored generations, …)."""
     path = os.environ.get("TRL_DLLM_DATA")
@@ -39,3 +50,12 @@ def data_dir() -> Path:
     if not Path(path).is_dir():
         pytest.skip(f"TRL_DLLM_DATA={path!r} is not a folder")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> str:
+    """The kind of sandbox for generated programs that works here."""
+    try:
+        return choose_sandbox()
+    except SandboxUnavailable as error:
+        pytest.skip(f"no sandbox on this machine: {error}")

@@ -59,7 +59,7 @@ def test_uniform_along_each_key(axis):
 def test_purposes_and_keys_do_not_collide():
     """All purposes × small seeds × steps × positions: every draw is another one."""
     purposes = torch.tensor([int(purpose) for purpose in Purpose])
-    assert len(purposes.unique()) == len(Purpose)
+    assert len(purposes.unique()) == len(Purpose.__members__), "a number given twice makes an alias"
     draws = hash64(
         torch.arange(6)[:, None, None, None], purposes[:, None, None], torch.arange(40)[:, None], torch.arange(60)
     )
@@ -114,6 +114,14 @@ def test_random_ranks_are_a_uniform_permutation():
     index = {order: i for i, order in enumerate(orders)}
     counts = torch.bincount(torch.tensor([index[tuple(r)] for r in ranks.tolist()]), minlength=24)
     assert chi_square_p(counts, torch.full((24,), 400.0)) > 1e-3
+
+
+def test_row_seeds_are_no_other_draws():
+    """`Purpose.ROW`: a seed of a row is never what another purpose hashes from the same numbers."""
+    rows = torch.arange(8)
+    seeds = row_seeds(3, 0, 1, 2, rows)
+    others = torch.cat([hash64(3, purpose, 0, 1, 2, rows) for purpose in Purpose if purpose != Purpose.ROW])
+    assert torch.equal(seeds, hash64(3, Purpose.ROW, 0, 1, 2, rows)) and not torch.isin(seeds, others).any()
 
 
 def test_random_ranks_do_not_depend_on_columns_or_batch():

@@ -4,11 +4,9 @@ import json
 
 import pytest
 
-from trl_dllm import cli
 from trl_dllm.scripts import grpo
 
 
-RECIPES = "recipes/llada_8b/grpo/config_{}.yaml"
 # The local copies of MATH-500, HumanEval and MBPP are test splits: to train on them is a choice that has to be spelled
 # out.
 TEST_SPLIT = {"allow_test_as_train": True}
@@ -46,28 +44,21 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    cli.main(["init-tiny", str(folder), "--hidden_size", "16", "--num_layers", "1"])
-    return str(folder)
-
-
 @pytest.mark.parametrize("task", CASES)
-def test_a_tiny_model_trains_on_the_task_from_its_recipe(task, tiny, tmp_path, data_dir, monkeypatch):
+def test_a_tiny_model_trains_on_the_task_from_its_recipe(task, tiny_checkpoint, tmp_path, data_dir, monkeypatch):
     monkeypatch.setenv("TRL_DLLM_ALLOW_CODE_EXECUTION", "1")
     if task in ("humaneval", "mbpp"):
-        from trl_dllm.tasks.execution import SandboxUnavailable, choose_sandbox
+        from trl_dllm.sandbox import SandboxUnavailable, choose_sandbox
 
         try:
             choose_sandbox()
         except SandboxUnavailable as error:
             pytest.skip(f"no sandbox for generated programs on this machine: {error}")
     name, task_kwargs = CASES[task]
-    small = {**SMALL, "model_name_or_path": tiny, "output_dir": tmp_path, "task": task}
+    small = {**SMALL, "model_name_or_path": tiny_checkpoint, "output_dir": tmp_path, "task": task}
     if "step_merge" in name:
         small["num_segments"] = 4
-    argv = ["--config", RECIPES.format(name), "--task_kwargs", json.dumps(task_kwargs), "--data_dir", str(data_dir)]
+    argv = ["--config", f"llada_8b/grpo/{name}", "--task_kwargs", json.dumps(task_kwargs), "--data_dir", str(data_dir)]
     argv += [word for key, value in small.items() for word in (f"--{key}", str(value))]
     state = grpo.main(*grpo.make_parser().parse_args_and_config(argv)).state
     steps = [entry for entry in state.log_history if "loss" in entry]

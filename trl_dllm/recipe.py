@@ -110,7 +110,11 @@ def render_recipe(path: Path) -> str:
     parts = ["\n".join(f"# {line}".rstrip() for line in head_comment(path))]
     parts += ["\n".join([title, *texts.values()] if title else texts.values()) for title, texts in sections.items()]
     result = "\n\n".join(part for part in parts if part) + "\n"
-    if yaml.safe_load(result) != load_recipe(path):
+    try:
+        same = _parse(result, path) == load_recipe(path)
+    except ValueError:
+        same = False
+    if not same:
         raise ValueError(f"{path} and {base.name} cannot be printed as one: write each key on a line of its own.")
     return result
 
@@ -144,7 +148,14 @@ def _entries(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def _read(path: Path) -> dict:
-    settings = yaml.safe_load(path.read_text())
+    return _parse(path.read_text(), path)
+
+
+def _parse(text: str, path: Path) -> dict:
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a YAML mapping of settings.")
     return settings

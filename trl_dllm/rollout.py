@@ -111,6 +111,24 @@ class Rollout:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     @staticmethod
+    def scheduled(canvas_length: int, steps: int) -> "Rollout":
+        """One row without a prompt, all of whose canvas was revealed evenly in `steps` steps.
+
+        It stands for a run's rollouts where only shapes matter: an estimator's number of views and their width.
+        """
+        zeros = torch.zeros(1, canvas_length, dtype=torch.int64)
+        return Rollout(
+            prompt_ids=zeros[:, :0],
+            prompt_mask=zeros[:, :0].bool(),
+            completion_ids=zeros,
+            unmask_step=torch.arange(canvas_length)[None] * steps // canvas_length,
+            logps=zeros.float(),
+            counted=torch.ones_like(zeros, dtype=torch.bool),
+            view_seed=zeros[:, 0],
+            mask_token_id=-1,
+        )
+
+    @staticmethod
     def cat(rollouts: list["Rollout"]) -> "Rollout":
         """Stack rollouts that have equal widths; counters add up."""
         first = rollouts[0]

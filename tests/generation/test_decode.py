@@ -5,7 +5,7 @@ import torch
 from cases import PROMPTS, SEEDS, assert_same_rollout, sample
 from oracles import left_pad
 
-from trl_dllm.generation import DiffusionGenerationConfig, generate
+from trl_dllm.generation import DiffusionGenerationConfig, decode, generate
 
 
 @pytest.mark.parametrize("settings", [{"diffusion_steps": 8}, {"confidence_threshold": 0.15, "stop_at_eos": True}])
@@ -62,3 +62,35 @@ def test_a_process_without_rows_left_still_runs_forwards(models):
 def test_empty_prompts_are_refused_for_a_shifted_family(models, prompts):
     with pytest.raises(ValueError, match=r"logits_shift=1.*prompt of at least one token"):
         sample(models("dream"), prompts)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "cache", "decoder"),
+    [
+        ("denoising", None, "Denoising"),
+        ("any_order", None, "AnyOrderDecoding"),
+        ("any_order", "exact", "CachedAnyOrderDecoding"),
+    ],
+)
+def test_each_decoding_has_its_decoder(models, monkeypatch, decoding, cache, decoder):
+    """Told apart by what they are, as both any-order decoders draw the same."""
+    made = []
+    for name in ("Denoising", "AnyOrderDecoding", "CachedAnyOrderDecoding"):
+        plain = getattr(decode, name)
+        monkeypatch.setattr(decode, name, lambda *args, plain=plain: made.append(plain.__name__) or plain(*args))
+    sample(models("llada"), batch_size=3, diffusion_steps=2, decoding=decoding, cache=cache)
+    assert made == [decoder] * 2, "one for each batch"
+
+
+def test_no_rows_give_an_empty_rollout(models):
+    """A process may have none; it still runs what it is asked to."""
+    ids, asked = torch.zeros(0, 3, dtype=torch.int64), []
+
+    def still_running(local: bool) -> bool:
+        asked.append(local)
+        return False
+
+    config = DiffusionGenerationConfig(max_new_tokens=4)
+    rollout = generate(models("llada"), ids, ids.bool(), config, still_running=still_running).validate()
+    assert len(rollout) == rollout.num_forwards == 0 and rollout.completion_ids.shape == (0, 4)
+    assert asked == [False]

@@ -1,13 +1,16 @@
 """Which token is drawn, and which of the drawn are kept."""
 
+import itertools
 import math
+from fractions import Fraction
 
+import pytest
 import torch
 from cases import PROMPTS, REMASKING
 from oracles import chi_square_p, left_pad, sharp_model
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
-from trl_dllm.generation.order import draw_tokens, reveal
+from trl_dllm.generation.order import draw_tokens, measure, reveal
 from trl_dllm.models import log_probs
 from trl_dllm.noise import uniform
 
@@ -30,6 +33,21 @@ def test_draws_at_the_ends_of_the_interval():
     assert draw_tokens(p.log(), torch.tensor([0.0, 0.5, 1 - 2.0**-53]).double()).tolist() == [1, 2, 2]
 
 
+def test_draws_are_exact_to_float64():
+    """A point just inside a token's interval draws that token; a float32 sum is off by more than a small interval."""
+    generator = torch.Generator().manual_seed(0)
+    log_p = log_probs(3 * torch.randn(20_000, generator=generator), mask_token_id=7)
+    assert log_p.dtype == torch.float32
+    sizes = [Fraction(math.exp(value)) for value in log_p.tolist()]
+    edges = list(itertools.accumulate(sizes))
+    tokens = [token for token in range(0, 20_000, 100) if sizes[token] > 1e-9]
+    assert len(tokens) > 150 and min(sizes[token] for token in tokens) < 1e-7
+    for inside in (Fraction(1, 1000), Fraction(999, 1000)):
+        points = [float((edges[token] - inside * sizes[token]) / edges[-1]) for token in tokens]
+        drawn = draw_tokens(log_p.expand(len(tokens), -1), torch.tensor(points, dtype=torch.float64))
+        assert drawn.tolist() == tokens
+
+
 def test_a_diffuse_tail_is_drawn_exactly():
     """.60/.30/.10 with the .10 spread over 126k tokens: Gumbel noise in bf16 never draws the tail (§3.1)."""
     vocab, n, chunk = 126_464, 800, 50
@@ -47,6 +65,25 @@ def test_a_diffuse_tail_is_drawn_exactly():
 
 
 # -------------------------------------------------------------------------------------------------- which are revealed
+
+
+@pytest.mark.parametrize("remasking", REMASKING)
+def test_measures_equal_loops(remasking):
+    """From the plain distribution, the token drawn and the draw for the order; a larger measure is revealed first."""
+    generator = torch.Generator().manual_seed(1)
+    log_p = (2 * torch.randn(40, 6, generator=generator, dtype=torch.float64)).log_softmax(dim=1)
+    tokens, draws = torch.randint(6, (40,), generator=generator), uniform(3, torch.arange(40))
+    got = measure(remasking, log_p, tokens, draws)
+    for row, (line, token) in enumerate(zip(log_p.tolist(), tokens.tolist(), strict=True)):
+        p = sorted(map(math.exp, line), reverse=True)
+        expected = {
+            "low_confidence": math.exp(line[token]),
+            "margin": p[0] - p[1],
+            "entropy": sum(q * math.log(q) for q in p),
+            "random": draws[row].item(),
+            "left_to_right": 0.0,
+        }[remasking]
+        assert got[row].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_reveal_breaks_ties_to_the_smaller_position():

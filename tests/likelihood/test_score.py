@@ -1,13 +1,26 @@
 """Running views: precision, backends, temperature, batches (docs/methods.md §7: identity 7), and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import MASK, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, whole_canvas
-from oracles import random_rollout, sharp_model, slow_step_merge
+from cases import CANVAS, MASK, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, whole_canvas
+from oracles import assemble, full_logits, random_rollout, sharp_model, slow_step_merge, token_distribution, unpadded
 
-from trl_dllm.likelihood import AnyOrder, ExactTrajectory, MeanField, StepMerge, counted_view, token_logps
+from trl_dllm.likelihood import (
+    AnyOrder,
+    Elbo,
+    ExactTrajectory,
+    MeanField,
+    PseudoLikelihood,
+    StepMerge,
+    TokenScores,
+    counted_view,
+    score_view,
+    token_logps,
+)
 from trl_dllm.likelihood.view import IGNORE
-from trl_dllm.models import MaskedDiffusionSpec
+from trl_dllm.models import MaskedDiffusionSpec, hidden_rows
 from trl_dllm.rollout import Rollout
 
 
@@ -45,6 +58,105 @@ def test_temperature_none_is_the_rollouts_own_and_zero_is_one(models):
             scores = token_logps(model, rollout, StepMerge(2), temperature=given)
             logps, _ = slow_step_merge(model, rollout, 2, shift=0, temperature=effective)
             torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0, msg=f"{own} {given}")
+
+
+def test_random_views_are_of_the_given_seeds_and_iteration(models):
+    """`scored` too; without seeds they are the rollout's own."""
+    model, rollout, estimator = models("llada"), rollout_for_tests(), PseudoLikelihood(3)
+    other = replace(rollout, view_seed=rollout.view_seed + 1)
+    with torch.no_grad():
+        own, given, later = (
+            token_logps(model, rollout, estimator, **settings)
+            for settings in ({}, {"seeds": other.view_seed}, {"iteration": 2})
+        )
+        assert_same_scores(given, token_logps(model, other, estimator))
+    assert torch.equal(own.scored, estimator.scored(rollout, rollout.view_seed, 0))
+    assert torch.equal(later.scored, estimator.scored(rollout, rollout.view_seed, 2))
+    for scores in (own, given, later):
+        assert torch.equal(scores.logps != 0, scores.scored)
+    assert not torch.equal(own.scored, given.scored) and not torch.equal(own.scored, later.scored)
+
+
+# ---------------------------------------------------------------------------------------------- views and their scores
+
+
+def slow_kl(model, reference, view, rollout, shift, temperature):
+    """KL(model ‖ reference) over the vocabulary, weighted, one target at a time: (B, L) with a graph."""
+    kls, width = {}, rollout.prompt_ids.shape[1]
+    for row, column in (view.targets != IGNORE).nonzero().tolist():
+        prompt = unpadded(rollout, row)
+        ids = prompt + view.input_ids[row, width:].tolist()
+        p, q = (
+            token_distribution(full_logits(m, ids)[len(prompt) + column - width - shift], MASK, temperature)
+            for m in (model, reference)
+        )
+        kl = sum(p[v] * (p[v] / q[v].detach()).log() for v in range(VOCAB) if v != MASK)
+        kls[row, int(view.index[row, column])] = kl * view.weight[row, column]
+    return assemble(rollout, kls)
+
+
+@pytest.mark.parametrize("estimator", [StepMerge(2), Elbo(2)], ids=["step_merge", "elbo"])
+def test_kl_from_a_reference_equals_a_slow_oracle(family, estimator):
+    """Over the whole vocabulary, at the scores' temperature, weighted like them; gradients reach the model alone."""
+    model, reference = sharp_model(family), sharp_model(family, seed=5)
+    rollout, shift = rollout_for_tests(num_steps=(9, 3, 2), prompt_lengths=(4, 1, 6)), SHIFT[family]
+    view = counted_view(estimator, rollout, 1, rollout.view_seed, 0)
+
+    def run(inputs, rows):
+        with torch.no_grad():
+            return hidden_rows(reference, inputs, rows), reference.get_output_embeddings().forward
+
+    settings = {"canvas_length": CANVAS, "spec": MaskedDiffusionSpec.from_model(model), "temperature": 0.7}
+    scores = score_view(model, view, **settings, reference=run)
+    expected = slow_kl(model, reference, view, rollout, shift, 0.7)
+    assert expected.max() > 0.1 and (expected > 0).sum() == (view.targets != IGNORE).sum()
+    torch.testing.assert_close(scores.kls, expected, atol=1e-6, rtol=0)
+    assert_same_scores(scores, score_view(model, view, **settings))
+    with torch.no_grad():
+        parts = score_view(model, view, **settings, reference=run, batch_size=2)
+    torch.testing.assert_close(parts.kls, scores.kls, atol=1e-6, rtol=0)
+
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    parameters = list(model.parameters())
+    got, want = (torch.autograd.grad((weight * kls).sum(), parameters) for kls in (scores.kls, expected))
+    for (name, _), a, b in zip(model.named_parameters(), got, want, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max()), name
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_a_position_that_a_view_scores_twice_is_summed(models):
+    """With the weights of its targets; their weights count for the entropies too."""
+    model, rollout = models("llada"), rollout_for_tests()
+    view = MeanField().view(rollout, 0, rollout.view_seed, 0)
+    spec, width = MaskedDiffusionSpec.from_model(model), rollout.prompt_ids.shape[1]
+    assert rollout.revealed[0, :2].all()
+    index, weight = view.index.clone(), view.weight.clone()
+    index[0, width], weight[0, width], weight[0, width + 1] = 1, 0.25, 2.0
+    with torch.no_grad():
+        plain = score_view(model, view, CANVAS, spec)
+        scores = score_view(model, replace(view, index=index, weight=weight), CANVAS, spec)
+    for got, one in ((scores.logps, plain.logps), (scores.entropies, plain.entropies)):
+        assert got[0, 1].item() == pytest.approx(0.25 * one[0, 0].item() + 2 * one[0, 1].item())
+        assert got[0, 0] == 0
+        assert torch.equal(got[1:], one[1:])
+    assert not scores.scored[0, 0] and torch.equal(scores.scored[1:], plain.scored[1:])
+
+
+def test_scores_of_several_views_add_up():
+    """Every table; KLs only where all views have them."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(3, 3, 2, 4, generator=generator)
+    scored = torch.rand(3, 2, 4, generator=generator) < 0.4
+    parts = [TokenScores(*tables[:2], chosen, tables[2]) for tables, chosen in zip(numbers, scored, strict=True)]
+    total = TokenScores.sum(parts)
+    for got, want in zip(total.tables, numbers.sum(dim=0), strict=True):
+        torch.testing.assert_close(got, want)
+    assert torch.equal(total.scored, scored.any(dim=0)) and not torch.equal(total.scored, scored[0])
+    doubled = total.map(lambda table: 2 * table)
+    assert all(torch.equal(a, 2 * b) for a, b in zip(doubled.tables, total.tables, strict=True))
+    assert torch.equal(doubled.scored, total.scored)
+    without = replace(parts[0], kls=None)
+    assert (parts[1] + without).kls is None and without.map(torch.exp).kls is None and len(without.tables) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- identity 7

@@ -9,7 +9,9 @@ from cases import CANVAS, ELBO, MASK, PKL, PKL_UNSHIFTED, SHIFT, TRAJECTORY, VOC
 from oracles import hits, random_rollout, slow_step_merge, unpadded
 
 import trl_dllm.generation.denoising
+import trl_dllm.likelihood.elbo
 import trl_dllm.likelihood.view
+import trl_dllm.noise
 from trl_dllm.likelihood import (
     BlockPseudoLikelihood,
     CoupledElbo,
@@ -180,7 +182,7 @@ def test_prompt_perturbation_rate_and_independence():
     assert by_column.min() > 0.08 and by_column.max() < 0.23
     both = (hits[0] & hits[1]).sum().item() / tokens
     assert abs(both - 0.15**2) < 4 * math.sqrt(0.0225 / tokens)
-    assert torch.equal(perturb_prompt(rollout, 0.0, rollout.view_seed, 0).prompt_ids, rollout.prompt_ids)
+    assert perturb_prompt(rollout, 0.0, rollout.view_seed, 0) is rollout
     everything = perturb_prompt(rollout, 1.0, rollout.view_seed, 0).prompt_ids
     assert everything[rollout.prompt_mask].eq(MASK).all()
 
@@ -194,25 +196,44 @@ def test_prompt_perturbation_does_not_depend_on_padding():
         assert [unpadded(a, row) for row in range(5)] == [unpadded(b, row) for row in range(5)]
 
 
-def test_prompt_perturbation_never_shares_draws_with_the_sampler(models, monkeypatch):
-    """docs/methods.md §2.6, `Purpose`: iteration 2 of the prompt draws must not be step 4 of the token draws."""
-    seen = {}
+def record_draws(monkeypatch, *modules) -> dict[str, set[float]]:
+    """What each module draws from now on."""
+    seen = {module.__name__: set() for module in modules}
 
-    def record(module):
-        plain = module.uniform
-
-        def recorder(*keys):
+    def recorder(module, plain):
+        def recording(*keys):
             draws = plain(*keys)
-            seen.setdefault(module.__name__, set()).update(draws.flatten().tolist())
+            seen[module.__name__].update(draws.flatten().tolist())
             return draws
 
-        monkeypatch.setattr(module, "uniform", recorder)
+        return recording
 
-    record(trl_dllm.generation.denoising)
-    record(trl_dllm.likelihood.view)
+    for module in modules:
+        monkeypatch.setattr(module, "uniform", recorder(module, module.uniform))
+    return seen
+
+
+def test_prompt_perturbation_never_shares_draws_with_the_sampler(models, monkeypatch):
+    """docs/methods.md §2.6, `Purpose`: iteration 2 of the prompt draws must not be step 4 of the token draws."""
+    seen = record_draws(monkeypatch, trl_dllm.generation.denoising, trl_dllm.likelihood.view)
     rollout = sample(models("llada"), seeds=hash64(0, torch.arange(4)), block_length=12, diffusion_steps=12)
     for iteration in range(8):
         perturb_prompt(rollout, 0.5, rollout.view_seed, iteration)
     sampler, prompt = seen["trl_dllm.generation.denoising"], seen["trl_dllm.likelihood.view"]
     assert len(sampler) > 500 and len(prompt) > 100
     assert not sampler & prompt
+
+
+@pytest.mark.parametrize("name", ["pkl 3", "pkl_u", "elbo", "coupled_elbo"])
+def test_prompt_perturbation_never_shares_draws_with_the_estimator(monkeypatch, name):
+    """Or the prompt tokens that are masked would say which completion tokens are scored."""
+    estimator, rollout = ALL[name], rollout_for_tests()
+    seen = record_draws(monkeypatch, trl_dllm.noise, trl_dllm.likelihood.view, trl_dllm.likelihood.elbo)
+    for iteration in range(4):
+        perturb_prompt(rollout, 0.5, rollout.view_seed, iteration)
+        for n in range(estimator.num_views(rollout)):
+            estimator.view(rollout, n, rollout.view_seed, iteration)
+    prompt = seen.pop("trl_dllm.likelihood.view")
+    views = set().union(*seen.values())  # of `random_ranks`, and the ELBO's own
+    assert len(prompt) > 70 and len(views) > 150
+    assert not prompt & views

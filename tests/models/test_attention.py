@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from cases import rollout_for_tests
 from oracles import left_pad
+from torch import nn
 
-from trl_dllm.models import NEVER, Attention, attention_mask
+from trl_dllm.models import NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
 
 
 def random_pattern(rows=3, size=10, seed=0):
@@ -44,6 +46,54 @@ def test_padding_pattern_equals_loops_and_is_a_2d_mask_everywhere():
     assert attention.allowed().tolist() == expected
     for implementation in ("sdpa", "eager", "flex_attention", "flash_attention_2"):
         assert torch.equal(attention_mask(attention, implementation, torch.float32), mask)
+
+
+def test_rule_of_a_chunk_behind_a_cache_equals_loops():
+    """`column` says which column each of the few rows is; a row sees itself there, whatever the levels say."""
+    generator = torch.Generator().manual_seed(3)
+    full = random_pattern(rows=4, size=10)
+    column = torch.stack([torch.randperm(10, generator=generator)[:3] for _ in range(4)])
+    chunk = Attention(level=full.level, reach=torch.randint(-1, 6, (4, 3), generator=generator), column=column)
+    expected = [
+        [[chunk.level[b, k] <= chunk.reach[b, q] or k == column[b, q] for k in range(10)] for q in range(3)]
+        for b in range(4)
+    ]
+    assert chunk.allowed().tolist() == expected
+    assert chunk[1:3].allowed().tolist() == expected[1:3]
+    first = Attention(level=full.level, reach=chunk.reach)
+    assert torch.equal(first.allowed(), Attention(full.level, chunk.reach, torch.arange(3).expand(4, -1)).allowed())
+
+
+def test_order_levels_by_loops():
+    """Tokens are ordered by step, then from left to right; below a token are the prompt and earlier steps."""
+    steps = rollout_for_tests().unmask_step
+    level, below = order_levels(steps)
+    for row, line in enumerate(steps.tolist()):
+        for i, step in enumerate(line):
+            if step < 0:
+                assert level[row, i] == NEVER and below[row, i] == 0, "a position never revealed sees the prompt alone"
+                continue
+            assert 0 <= below[row, i] < level[row, i] < NEVER, "the prompt has level 0"
+            for j, other in enumerate(line):
+                if other >= 0:
+                    assert (level[row, j] <= level[row, i]) == ((other, j) <= (step, i))
+                    assert (level[row, j] <= below[row, i]) == (other < step)
+    assert any(len(set(line)) < len(line) for line in steps.tolist()), "there should be ties"
+
+
+def test_inputs_of_a_layout(models):
+    """`view_inputs`: the mask that the model's own attention takes; dense on demand."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    ids, positions = torch.tensor([[0, 5, 6], [7, 8, 9]]), torch.tensor([[0, 0, 1], [0, 1, 2]])
+    layout = Layout(ids, positions, Attention.padding(mask))
+    for attn in ("eager", "sdpa"):
+        model = models("llada", torch.float32, attn)
+        inputs = view_inputs(nn.ModuleDict({"module": model}), layout)
+        assert inputs["input_ids"] is ids and inputs["position_ids"] is positions
+        assert torch.equal(inputs["attention_mask"], mask)
+        dense = view_inputs(model, layout, dense=True)["attention_mask"]
+        assert dense.dtype == (torch.float32 if attn == "eager" else torch.bool)
+        assert torch.equal(dense == 0 if attn == "eager" else dense, layout.attention.allowed()[:, None])
 
 
 def test_no_row_is_empty():

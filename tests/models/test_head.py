@@ -7,7 +7,7 @@ import torch
 from oracles import sharp_model, token_distribution
 from torch import nn
 
-from trl_dllm.models import TILE_ROWS, apply_head, entropy, log_probs, unwrap
+from trl_dllm.models import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, unwrap
 
 
 MASK = 3
@@ -118,6 +118,28 @@ def test_several_rows_reduced_together(family):
         got = apply_head(model, inputs(), pairs, lambda logits: logits[:, 0] - 2 * logits[:, 1])
         logits = model(**inputs(), use_cache=False).logits.flatten(0, 1)
     torch.testing.assert_close(got, logits[pairs[:, 0]] - 2 * logits[pairs[:, 1]], atol=1e-6, rtol=0)
+
+
+def test_hidden_rows_are_what_the_head_reads(family):
+    """One forward; projected by the head they are the full logits, and the head is as it was."""
+    model, rows = sharp_model(family), torch.tensor([31, 0, 0, 12])
+    with torch.no_grad():
+        hidden = hidden_rows(model, inputs(), rows)
+        logits = model(**inputs(), use_cache=False).logits.flatten(0, 1)
+    assert hidden.shape == (4, 32) and "forward" not in model.lm_head.__dict__
+    torch.testing.assert_close(model.lm_head(hidden), logits[rows], atol=1e-9, rtol=0)
+
+
+def test_no_cache_is_made_unless_one_is_given():
+    """A cache of a training batch would be gigabytes that nobody reads."""
+    model, rows, seen = sharp_model("llada"), torch.arange(2), []
+    hook = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        for settings in ({}, {"use_cache": True}):
+            apply_head(model, inputs() | settings, rows, lambda logits: logits[:, :1])
+            hidden_rows(model, inputs() | settings, rows)
+    hook.remove()
+    assert [kwargs["use_cache"] for kwargs in seen] == [False, False, True, True]
 
 
 class Lookup(nn.Module):

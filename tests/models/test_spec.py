@@ -13,7 +13,7 @@ from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
 def test_spec_of_the_families():
     for family, shift in (("llada", 0), ("dream", 1)):
         model, tokenizer = create_tiny_model(family, hidden_size=16, num_layers=1)
-        assert MaskedDiffusionSpec.from_model(model) == MaskedDiffusionSpec(3, shift, None)
+        assert MaskedDiffusionSpec.from_model(model) == MaskedDiffusionSpec(3, shift)
         assert MaskedDiffusionSpec.from_model(model, tokenizer).mask_token_id == tokenizer.mask_token_id
 
 

@@ -12,6 +12,23 @@ PIECES = [
 ]
 messy_text = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=25).map("".join))
 
+EXPRESSION_PIECES = [
+    *"0123456789+-*/()=×÷− x.^,",
+    "**",
+    "//",
+    "<answer>",
+    "</answer>",
+    "12",
+    "1e9",
+    "\n",
+    "\ud800",
+    "٣",
+    "²",
+    "((((",
+    "1/0",
+]
+messy_expression = st.one_of(st.text(), st.lists(st.sampled_from(EXPRESSION_PIECES), max_size=60).map("".join))
+
 # Each repeated to a megabyte: what makes a backtracking or a recursive parser hang.
 LONG_PIECES = [
     *("\\boxed{{{", "\\boxed{", "{", "}", "<answer>", "</answer>", "<answer></answer>", "</reasoning><answer>"),
@@ -28,3 +45,11 @@ def long_texts():
     for piece in LONG_PIECES:
         text = piece * (1_000_000 // len(piece))
         yield from (text, f"<reasoning>{text}", f"<answer>{text}</answer>", f"\\boxed{{{text}}}")
+
+
+def reward_of(task, name, text, **columns):
+    """One reward of one completion, which is the same as text and as a conversation."""
+    columns = {column: [value] for column, value in columns.items()}
+    plain = task.rewards[name](prompts=["x"], completions=[text], **columns, trainer_state=None)[0]
+    assert plain == task.rewards[name](completions=[chat(text)], **columns)[0]
+    return plain

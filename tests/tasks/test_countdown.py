@@ -1,8 +1,8 @@
-import json
 import time
 from fractions import Fraction
 
 import pytest
+from helpers_tasks import chat, messy_expression
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,36 +10,11 @@ from trl_dllm.tasks import get_task
 from trl_dllm.tasks.countdown import (
     MAX_DEPTH,
     countdown_reward,
-    d1_countdown_reward,
-    d1_parse_answer,
-    d1_score,
     evaluate_expression,
     load,
     score,
     split_of,
 )
-
-
-PIECES = [
-    *"0123456789+-*/()=×÷− x.^,",
-    "**",
-    "//",
-    "<answer>",
-    "</answer>",
-    "12",
-    "1e9",
-    "\n",
-    "\ud800",
-    "٣",
-    "²",
-    "((((",
-    "1/0",
-]
-messy_text = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=60).map("".join))
-
-
-def chat(text):
-    return [{"role": "assistant", "content": text}]
 
 
 def reward(completion, numbers=(2, 3, 4), target=10):
@@ -296,7 +271,7 @@ def test_rewards_of_a_batch_stay_in_order():
 
 
 @settings(max_examples=150, deadline=None)
-@given(messy_text)
+@given(messy_expression)
 def test_any_text(text):
     result = evaluate_expression(text)
     assert result is None or (isinstance(result[0], Fraction) and all(type(number) is int for number in result[1]))
@@ -313,100 +288,6 @@ def test_long_texts_take_no_time(piece):
         assert reward(long) in (0.0, 0.1)
         assert reward(chat(long)) in (0.0, 0.1)
     assert time.perf_counter() - start < 1
-
-
-# d1's forms
-
-
-@pytest.mark.parametrize(
-    "text, d1, ours",
-    [
-        ("<answer>2*3+4</answer>", 1.0, 1.0),
-        ("<answer>2*3+4 = 10</answer>", 0.1, 1.0),  # digits of the result count as a number
-        ("<answer>\\boxed{2*3+4}</answer>", 0.1, 1.0),
-        ("<answer>2\\times 3+4</answer>", 0.1, 1.0),
-        ("<answer>2×3+4</answer>", 0.1, 1.0),
-        ("<answer>4**2-3</answer>", 0.1, 0.1),  # 13
-        ("<answer>3*4-2</answer>", 1.0, 1.0),
-        ("<answer>3**2+4-3</answer>", 0.1, 0.1),
-        ("<answer>(4//3)*(2*5)</answer>", 0.1, 0.1),
-        ("<answer>2.3+4</answer>", 0.1, 0.1),
-        ("<answer></answer>", 0.1, 0.1),
-        ("<answer>2*3+4</answer><answer>x</answer>", 0.1, 0.1),
-        ("2*3+4", 0.0, 0.0),
-        ("<answer>2*3+4", 0.0, 0.0),
-        ("<answer>9**9**9**2*3+4</answer>", 0.1, 0.1),
-    ],
-)
-def test_d1_reward(text, d1, ours):
-    columns = {"numbers": [[2, 3, 4]], "target": [10]}
-    for completion in (text, chat(text)):
-        assert d1_countdown_reward([completion], **columns, prompts=["x"]) == [d1]
-    assert countdown_reward([chat(text)], **columns) == [ours]
-
-
-def test_d1_takes_what_python_does():
-    def d1(text, numbers, target):
-        return d1_countdown_reward([f"<answer>{text}</answer>"], numbers=[numbers], target=[target])[0]
-
-    assert d1("2**3", [2, 3], 8) == 1.0
-    assert d1("7//2", [7, 2], 3) == 1.0
-    assert d1("1.5*2", [1, 5, 2], 3) == 1.0  # two numbers make a decimal
-    assert d1("1/3*3", [1, 3, 3], 1) == 1.0  # in floating point
-    assert d1("07+1", [7, 1], 8) == 0.1  # no number in Python
-    assert d1("2(3)", [2, 3], 6) == 0.1
-    assert d1("-(2-5)", [2, 5], 3) == 1.0
-    assert d1("1/0", [1, 0], 1) == 0.1
-    assert d1("9**9**9", [9, 9, 9], 1) == 0.1
-    assert d1("2\n+3", [2, 3], 5) == 0.1
-    assert d1("(2\n+3)", [2, 3], 5) == 1.0
-
-
-@pytest.mark.parametrize(
-    "text, expression",
-    [
-        ("\\boxed{2 + 3}", "2 + 3"),
-        ("\\boxed{2 \\times 3 = 6}", "2 * 3"),
-        ("<answer>2 + 3</answer> \\boxed{4}", "4"),
-        ("<answer>2 + 3 = 5</answer>", "2 + 3"),
-        ("so 2 + 3 = 5 is it", "2 + 3"),  # no mark at all: the first equation of the text
-        ("\\boxed{2 + 3> and 1 - 1 = 0", "1 - 1"),
-        ("<answer>\\boxed{2 \\div 3}</answer>", "2 / 3"),
-        ("", ""),
-    ],
-)
-def test_d1_parser(text, expression):
-    assert d1_parse_answer(text) == expression
-
-
-@settings(max_examples=150, deadline=None)
-@given(messy_text)
-def test_d1_forms_take_any_text(text):
-    columns = {"numbers": [[2, 3, 4]], "target": [10]}
-    assert d1_countdown_reward([text], **columns)[0] in (0.0, 0.1, 1.0)
-    assert isinstance(d1_score(text, {"numbers": [2, 3, 4], "target": 10})["correct"], bool)
-
-
-@pytest.mark.parametrize("piece", ["(", "-", "1+", "9**", "1=", "=1", "9", "\\boxed{", "\\boxed{{{", "<answer>", " "])
-def test_d1_forms_take_no_time(piece):
-    text = piece * (1_000_000 // len(piece))
-    start = time.perf_counter()
-    for long in (text, f"<answer>{text}</answer>", f"\\boxed{{{text}}}", f"<answer>{text[:9_000]}</answer>"):
-        d1_countdown_reward([long], numbers=[[1, 1]], target=[2])
-        d1_score(long, {"numbers": [1, 1], "target": 2})
-    assert time.perf_counter() - start < 5
-
-
-def test_d1_numbers_on_stored_outputs(data_dir):
-    task = get_task("countdown")
-    lines = (data_dir / "llada_generations" / "countdown_256.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    correct = {
-        name: sum(parse(record["generations"], task.stored_row(record))["correct"] for record in records)
-        for name, parse in task.parsers.items()
-    }
-    assert len(records) == 256
-    assert correct == {"default": 49, "d1": 50}
 
 
 def test_d1_problems(data_dir):

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from trl_dllm.tasks import TASKS, Task, data, get_task
+from trl_dllm.tasks import data
 from trl_dllm.tasks.data import DATA_VARIABLE, choose, read_file, read_rows
 
 
@@ -73,41 +73,3 @@ def test_choose():
     assert any(choose(ROWS, "train", None, seed=seed) != shuffled for seed in range(5))
     with pytest.raises(ValueError, match="num_examples=6, but the 'test' split has 5 rows"):
         choose(ROWS, "test", 6, seed=0)
-
-
-# All tasks
-
-
-def test_all_tasks_are_there():
-    assert set(TASKS) == {"gsm8k", "math", "countdown", "sudoku", "humaneval", "mbpp"}
-    for task in TASKS.values():
-        names = list(task.rewards)
-        assert not names[0].startswith("d1_") and names == sorted(names, key=lambda name: name.startswith("d1_"))
-        assert task.parsers["default"] is task.score
-    assert all("d1" in TASKS[name].parsers for name in ("gsm8k", "math", "countdown", "sudoku"))
-
-
-def test_a_task_without_parsers_has_its_score():
-    task = Task(name="x", load=list, rewards={}, score=lambda text, row: {"correct": True})
-    assert dict(task.parsers) == {"default": task.score} and task.stored_row is None
-
-
-@pytest.mark.parametrize("name", sorted(TASKS))
-@pytest.mark.parametrize("prompt_format", ["chat", "text"])
-def test_every_task_loads_and_names_its_own_right_answers(data_dir, name, prompt_format):
-    task = get_task(name)
-    if name == "math":
-        pytest.importorskip("math_verify")
-    rows = task.load("test", 3, prompt_format=prompt_format, data_dir=str(data_dir))
-    assert len(rows) == 3
-    for row in rows:
-        assert isinstance(row["prompt"], str if prompt_format == "text" else list)
-        if "completion" in row and name not in ("humaneval", "mbpp"):
-            text = row["completion"] if prompt_format == "text" else row["completion"][0]["content"]
-            assert task.score(text, row)["correct"]
-    with pytest.raises(ValueError, match="split must be"):
-        task.load("dev", 3, data_dir=str(data_dir))
-    with pytest.raises(ValueError, match="prompt_format must be"):
-        task.load("test", 3, prompt_format="html", data_dir=str(data_dir))
-    with pytest.raises(ValueError, match="num_examples"):
-        task.load("test", 0, data_dir=str(data_dir))

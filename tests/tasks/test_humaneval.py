@@ -2,15 +2,10 @@ import pytest
 from helpers_tasks import chat, long_texts, messy_text
 from hypothesis import given, settings
 
-from trl_dllm.tasks import execution, get_task
-from trl_dllm.tasks.humaneval import (
-    MAX_CODE,
-    build_program,
-    code_format_reward,
-    extract_code,
-    humaneval_reward,
-    make_reward,
-)
+from trl_dllm.sandbox import ALLOW_VARIABLE
+from trl_dllm.tasks import get_task
+from trl_dllm.tasks.humaneval import build_program, humaneval_reward, make_reward
+from trl_dllm.tasks.programs import MAX_CODE
 
 
 TASK = get_task("humaneval")
@@ -20,14 +15,6 @@ ROW = {
     "entry_point": "area",
 }
 COLUMNS = {name: [value] for name, value in ROW.items()}
-
-
-@pytest.fixture(scope="module")
-def sandbox():
-    try:
-        return execution.choose_sandbox()
-    except execution.SandboxUnavailable as error:
-        pytest.skip(f"no sandbox on this machine: {error}")
 
 
 def solutions_that_pass(data, **columns):
@@ -74,22 +61,17 @@ def test_reward(sandbox, text, right):
 
 
 def test_score_and_permission(sandbox, monkeypatch):
-    monkeypatch.delenv(execution.ALLOW_VARIABLE, raising=False)
+    monkeypatch.delenv(ALLOW_VARIABLE, raising=False)
     text = "```python\ndef area(r):\n    return math.pi\n```"
     with pytest.raises(PermissionError, match="allow_code_execution"):
         TASK.rewards["tests"]([text], **COLUMNS)
     with pytest.raises(PermissionError):
         TASK.score(text, ROW)
-    monkeypatch.setenv(execution.ALLOW_VARIABLE, "1")
+    monkeypatch.setenv(ALLOW_VARIABLE, "1")
     assert TASK.score(text, ROW) == {"correct": True}
     assert TASK.score("", ROW) == {"correct": False}
     reward = make_reward()
     assert reward.__name__ == "humaneval" and reward([text], **COLUMNS, prompts=["x"]) == [1.0]
-
-
-def test_code_format():
-    texts = ["```python\nx = 1\n```", "```python\nx =\n```", "x = 1", "```\n\n```", "<answer>x = 1</answer>"]
-    assert code_format_reward(texts) == [1.0, 0.5, 0.0, 0.0, 1.0]
 
 
 class Nothing:
@@ -100,9 +82,6 @@ class Nothing:
 @settings(max_examples=200, deadline=None)
 @given(messy_text)
 def test_any_text(text):
-    code = extract_code(text)
-    assert code is None or code in text
-    assert code_format_reward([text])[0] in (0.0, 0.5, 1.0)
     assert isinstance(build_program(text, ROW), str)
     assert humaneval_reward([text], **COLUMNS, allow_code_execution=True, provider=Nothing()) == [0.0]
 
@@ -117,7 +96,6 @@ def test_long_texts_take_no_time():
     for text in long_texts():
         program = build_program(text, ROW)
         assert program is None or len(program) < 2 * MAX_CODE
-        code_format_reward([text])
 
 
 @pytest.mark.parametrize("prompt_format", ["chat", "text"])

@@ -2,7 +2,8 @@ import pytest
 from helpers_tasks import chat, long_texts, messy_text
 from hypothesis import given, settings
 
-from trl_dllm.tasks import execution, get_task
+from trl_dllm.sandbox import ALLOW_VARIABLE, LocalProvider, providers
+from trl_dllm.tasks import get_task
 from trl_dllm.tasks.mbpp import build_programs, make_reward, mbpp_reward
 
 
@@ -34,14 +35,6 @@ SOLUTIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    try:
-        return execution.choose_sandbox()
-    except execution.SandboxUnavailable as error:
-        pytest.skip(f"no sandbox on this machine: {error}")
-
-
 def test_handwritten_solutions_pass(data_dir, sandbox):
     data = TASK.load("test", 60, data_dir=str(data_dir))
     chosen = {name: row for name in SOLUTIONS for row in data if f" {name}(" in row["test_list"][0]}
@@ -69,18 +62,18 @@ def test_handwritten_solutions_pass(data_dir, sandbox):
     ],
 )
 def test_reward(sandbox, monkeypatch, text, fraction):
-    monkeypatch.setattr(execution, "PROVIDERS", {"local": lambda: execution.LocalProvider(timeout=2)})
+    monkeypatch.setattr(providers, "PROVIDERS", {"local": lambda: LocalProvider(timeout=2)})
     for completion in (text, chat(text)):
         assert mbpp_reward([completion], **COLUMNS, allow_code_execution=True, prompts=["x"]) == [fraction]
 
 
 def test_setup_score_and_permission(sandbox, monkeypatch):
-    monkeypatch.delenv(execution.ALLOW_VARIABLE, raising=False)
+    monkeypatch.delenv(ALLOW_VARIABLE, raising=False)
     text = "def f(x):\n    return x * factor"
     with pytest.raises(PermissionError, match="allow_code_execution"):
         TASK.rewards["tests"]([text], **COLUMNS)
     assert make_reward()([text], **COLUMNS, test_setup=["factor = 4"]) == [0.25]
-    monkeypatch.setenv(execution.ALLOW_VARIABLE, "1")
+    monkeypatch.setenv(ALLOW_VARIABLE, "1")
     assert TASK.score(text, {**ROW, "test_setup": "factor = 1"}) == {"correct": False, "tests_passed": 0.25}
     assert TASK.score("def f(x): return x * x", ROW) == {"correct": True, "tests_passed": 1.0}
 

@@ -265,66 +265,6 @@ def test_noisy_demonstrations_change_only_filled_in_cells_of_the_completion():
         load("train", 1, answer_noise=1.5)
 
 
-# d1's forms
-
-
-@pytest.mark.parametrize(
-    "text, d1",
-    [
-        (f"<answer>{SOLUTION}</answer>", 1.0),
-        (f"<answer>{SOLUTION}99</answer>", 1.0),  # cut to 16
-        ("<answer>12</answer>", 0.5),  # filled up with zeros
-        ("<answer>1x2 3|4</answer>", 1.0),
-        ("<answer>²2 34</answer>", 1.0),  # any Unicode digit takes a cell
-        ("<answer></answer>", 0.0),
-        (SOLUTION, 0.0),  # needs tags
-        (f"<answer>{SOLUTION}", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_d1_reward(text, d1):
-    for completion in (text, chat(text)):
-        assert sudoku.d1_sudoku_reward([completion], puzzle=[PUZZLE], solution=[SOLUTION], prompts=["x"]) == [d1]
-
-
-def test_d1_reward_without_blanks():
-    assert sudoku.d1_sudoku_reward([f"<answer>{SOLUTION}</answer>"], puzzle=[SOLUTION], solution=[SOLUTION]) == [0.0]
-
-
-@pytest.mark.parametrize(
-    "text, board",
-    [
-        (f"<answer>\n{SOLUTION}\n</answer>", SOLUTION),
-        (f"<answer>{SOLUTION}<|eot_id|>", SOLUTION),
-        ("<answer>my grid: ```\n1234 3412\n2143 4321\n```</answer>", SOLUTION),
-        (f"<answer></answer>{SOLUTION}<|eot_id|>", SOLUTION),
-        (f"it is {SOLUTION}.", SOLUTION),
-        ("<answer>a12</answer>", "a12"),
-        ("nothing", ""),
-    ],
-)
-def test_d1_parser(text, board):
-    assert sudoku.d1_parse_board(text) == board
-    score = sudoku.d1_score(text, {"puzzle": PUZZLE, "solution": SOLUTION})
-    assert score["correct"] == (board == SOLUTION) and score["cells_total"] == 2
-
-
-@settings(max_examples=150, deadline=None)
-@given(messy_text)
-def test_d1_forms_take_any_text(text):
-    assert len(sudoku.d1_parse_board(text)) <= 16
-    assert sudoku.d1_sudoku_reward([text], puzzle=[PUZZLE], solution=[SOLUTION])[0] in (0.0, 0.5, 1.0)
-
-
-@pytest.mark.parametrize("piece", ["```", "``` 1", "<answer>", "<answer>```1", "1", " ", "</answer>", "```1 ", "\n"])
-def test_d1_forms_take_no_time(piece):
-    text = piece * (1_000_000 // len(piece))
-    start = time.perf_counter()
-    sudoku.d1_parse_board(text), sudoku.d1_parse_board(f"<answer>{text}</answer>")
-    sudoku.d1_sudoku_reward([text], puzzle=[PUZZLE], solution=[SOLUTION])
-    assert time.perf_counter() - start < 3
-
-
 def test_published_puzzles(data_dir):
     for source, size in (("d1", 500), ("spg", 256)):
         data = load("test", source=source, data_dir=str(data_dir))

@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, Rollout
 from trl_dllm.likelihood import Estimator, TokenScores, token_logps
 from trl_dllm.models import create_tiny_model
+from trl_dllm.trainer.buffer import from_batch
 
 
 torch.set_num_threads(1)
@@ -136,17 +137,7 @@ def losses(trainer, key: str = "loss") -> list[float]:
 
 def as_rollout(trainer, inputs) -> Rollout:
     """The rollout of a micro-batch, as TRL's buffer carries it."""
-    return Rollout(
-        prompt_ids=inputs["prompt_ids"],
-        prompt_mask=inputs["prompt_mask"],
-        completion_ids=inputs["completion_ids"],
-        unmask_step=inputs["unmask_step"],
-        logps=inputs["rollout_logps"],
-        counted=inputs["counted"],
-        view_seed=inputs["view_seed"],
-        mask_token_id=trainer.spec.mask_token_id,
-        temperature=trainer.args.temperature,
-    )
+    return from_batch(inputs, trainer.spec.mask_token_id, trainer.args.temperature)
 
 
 class OneGraphTrainer(DiffusionGRPOTrainer):

@@ -152,10 +152,13 @@ def test_logged_metrics_are_those_of_one_graph(tmp_path, settings):
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_flops_are_counted_from_forwards_and_by_d2s_formula(tmp_path, peft):
-    """d2 App. C.2, for each token: 2PT for sampling, 2PN old and reference each, 6PN an update (4PN if frozen)."""
+    """d2 App. C.2, for each token: 2PT for sampling, 2PN old and reference each, 6PN an update (4PN if frozen).
+
+    P are the model's own parameters, without the adapter's.
+    """
     trainer = build(tmp_path, num_segments=3, num_iterations=2, max_steps=4, beta=0.04, peft=peft, stop_at_eos=False)
     trainer.train()
-    parameters = sum(p.numel() for p in trainer.model.parameters())
+    parameters = sum(p.numel() for name, p in trainer.model.named_parameters() if "lora_" not in name)
     tokens, steps, views, iterations = 8 * 8, 4, 3, 2
     cycle = tokens * parameters * (2 * steps + 2 * 2 * views + iterations * (4 if peft else 6) * views)
     assert losses(trainer, "flops_paper") == [cycle, 2 * cycle]

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from helpers_grpo import reward, text_prompts, tiny
 from transformers import TrainerCallback
 from trl import get_peft_config
 
 from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm.recipe import load_recipe, recipe_paths
+from trl_dllm.reports.dry_run import describe
 from trl_dllm.scripts.grpo import make_parser
 
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "llada_8b" / "grpo"
-FILES = sorted(RECIPES.glob("*.yaml"))
+FILES = [path for name, path in recipe_paths().items() if name.startswith("llada_8b/grpo/")]
 CANVAS, STEPS = 16, 10
 
 KEPT = (
@@ -47,7 +47,7 @@ KEPT = (
 
 def twin(path: Path, folder: Path):
     """The recipe's arguments, shrunk on the command line as a user would."""
-    recipe = yaml.safe_load(path.read_text())
+    recipe = load_recipe(path)
     length = recipe["max_completion_length"]
     steps = CANVAS * recipe["diffusion_steps"] // length
     block = {1: 1, length: CANVAS}.get(recipe["block_length"], CANVAS // 2)
@@ -61,6 +61,7 @@ def twin(path: Path, folder: Path):
         "gradient_accumulation_steps": 1,
         "learning_rate": 1e-3,
         "warmup_steps": 0,
+        "model_name_or_path": folder,
         "output_dir": folder,
         "save_strategy": "no",
         "disable_tqdm": "true",
@@ -96,6 +97,8 @@ def test_the_tiny_twin_of_a_recipe_trains_ten_steps(tmp_path, path):
         if key in recipe:
             assert getattr(args, key) == recipe[key], f"{key} is the recipe's"
     model, tokenizer = tiny(scale=8.0)
+    model.config.save_pretrained(tmp_path)
+    foreseen = describe("grpo", args, model_args)
     callback = Gradients()
     trainer = DiffusionGRPOTrainer(
         model,
@@ -113,6 +116,9 @@ def test_the_tiny_twin_of_a_recipe_trains_ten_steps(tmp_path, path):
     assert all(map(math.isfinite, losses)) and all(map(math.isfinite, callback.norms)), (losses, callback.norms)
     assert max(callback.norms) > 1e-6, callback.norms
     assert ("kl" in trainer.state.log_history[0]) == (recipe["beta"] != 0)
+    paper = [entry["flops_paper"] for entry in trainer.state.log_history if "flops_paper" in entry]
+    assert paper[0] == foreseen["flops_paper of a generation batch"], "the dry run's, to the digit"
+    assert paper[-1] == foreseen["flops_paper of the run"]
 
 
 def test_every_published_method_has_a_recipe():
@@ -148,10 +154,8 @@ def test_padre_recipes_have_the_papers_settings():
 )
 def test_step_merge_recipes_have_the_papers_settings(task, segments, iterations, canvas, temperature):
     """d2 Table 5 and App. C.2."""
-    path = RECIPES / f"config_{task}_step_merge.yaml"
-    _, args, model = make_parser().parse_args_and_config(
-        ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
-    )
+    name = f"llada_8b/grpo/{task}_step_merge"
+    _, args, model = make_parser().parse_args_and_config(["--config", name, "--use_cpu", "true", "--bf16", "false"])
     assert (args.num_segments, args.num_iterations) == (segments, iterations)
     assert (args.max_completion_length, args.diffusion_steps, args.temperature) == (canvas, canvas // 2, temperature)
     assert (args.learning_rate, args.beta, args.epsilon, args.p_mask_prompt) == (3e-6, 0.04, 0.5, 0.15)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import EOS, MASK, VOCAB, assert_same_rollout, sample_any_order
+from cases import EOS, MASK, VOCAB, assert_same_rollout, sample_any_order, whole_canvas
 from datasets import Dataset
 from oracles import left_pad, next_logits, random_rollout, sharp_model, token_distribution
 from peft import LoraConfig
@@ -262,5 +262,5 @@ def test_identity_3_on_a_trained_model_and_on_a_fresh_one(trained):
         cached, uncached = (sample_any_order(model, cache, tokens_per_step=2) for cache in ("exact", None))
         assert_same_rollout(cached, uncached)
         with torch.no_grad():
-            scores = token_logps(model, cached, AnyOrder())
+            scores = token_logps(model, whole_canvas(cached), AnyOrder())
         torch.testing.assert_close(scores.logps, cached.logps, atol=1e-5, rtol=0)

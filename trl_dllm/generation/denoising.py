@@ -108,7 +108,7 @@ class Denoising:
             head_rows = torch.stack([head_rows, head_rows + len(rows) * width], dim=1)
         inputs = view_inputs(self.model, Layout(ids, positions, pattern))
         self.num_forwards += 1
-        self.flops += self.count_flops(len(ids), width, width, head_rows.numel())
+        self.flops += self.count_flops(len(ids), width, width, len(head_rows), together=len(ids) // len(rows))
         return apply_head(self.model, inputs, head_rows, reduce, *args)
 
     def reveal(self, row: Tensor, position: Tensor) -> None:

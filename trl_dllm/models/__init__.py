@@ -9,7 +9,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 
 from .attention import NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
 from .dream import DreamConfig, DreamModel
-from .flops import ForwardFlops
+from .flops import FlopsCounter, ForwardFlops, PaperFlops, TrainingFlops, backbone_parameters, paper_flops
 from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, unwrap
 from .llada import KEY_RENAMING, LLaDAConfig, LLaDAModelLM
 from .spec import MaskedDiffusionSpec
@@ -23,18 +23,23 @@ __all__ = [
     "Attention",
     "DreamConfig",
     "DreamModel",
+    "FlopsCounter",
     "ForwardFlops",
     "LLaDAConfig",
     "LLaDAModelLM",
     "Layout",
     "MaskedDiffusionSpec",
+    "PaperFlops",
+    "TrainingFlops",
     "apply_head",
     "attention_mask",
+    "backbone_parameters",
     "create_tiny_model",
     "entropy",
     "hidden_rows",
     "log_probs",
     "order_levels",
+    "paper_flops",
     "unwrap",
     "view_inputs",
 ]

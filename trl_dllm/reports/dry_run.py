@@ -1,10 +1,17 @@
 """What a run will do, before any weight is loaded: batches, forwards, floating-point operations and memory a GPU."""
 
+import math
+
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..models import DreamConfig, LLaDAConfig
+from ..likelihood.view import IGNORE
+from ..models import DreamConfig, LLaDAConfig, TrainingFlops, backbone_parameters
 from ..rollout import Rollout
+
+
+_PROMPT = 200  # tokens of a prompt, which nobody has read yet
 
 
 # Shapes of published checkpoints, for a machine that cannot reach the Hub.
@@ -35,18 +42,7 @@ def read_config(name: str):
 
 def count_parameters(config) -> int:
     """Parameters of a model of this config, without making any."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-
-
-def lora_parameters(config, model_args) -> int:
-    """Parameters of the adapter that the recipe puts on it."""
-    from peft import get_peft_model
-    from trl import get_peft_config
-
-    with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config), get_peft_config(model_args))
-        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return backbone_parameters(_without_weights(config))
 
 
 def estimate_memory(config, args, model_args, parameters: int, trainable: int, columns: int, rows: int) -> dict:
@@ -55,15 +51,20 @@ def estimate_memory(config, args, model_args, parameters: int, trainable: int, c
     weight = 0.55 if model_args.load_in_4bit else 1 if model_args.load_in_8bit else size
     stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0) or 0
     world = max(1, args.world_size)
-    adapter = trainable if trainable < parameters else 0
+    trained_size = size
+    if model_args.use_peft:
+        # PEFT makes float32 adapters. TRL casts those on quantised weights, and keeps the model's type under ZeRO-3.
+        quantised = model_args.load_in_4bit or model_args.load_in_8bit
+        trained_size = 2 if quantised else size if stage == 3 else 4
+    adapter = trainable if model_args.use_peft else 0
     hidden, layers = config.hidden_size, config.num_hidden_layers
     # With checkpointing a layer keeps its input and one layer at a time its inside, else every layer its inside.
     inside = 2 * (8 * hidden + 3 * config.intermediate_size)
     token = 2 * hidden * layers + inside if args.gradient_checkpointing else layers * inside
-    reference = getattr(args, "beta", 0) != 0 and trainable == parameters
+    reference = getattr(args, "beta", 0) != 0 and not model_args.use_peft
     return {
-        "weights": (parameters * weight + adapter * 4) / (world if stage == 3 else 1),
-        "gradients": trainable * size / (world if stage >= 2 else 1),
+        "weights": (parameters * weight + adapter * trained_size) / (world if stage == 3 else 1),
+        "gradients": trainable * trained_size / (world if stage >= 2 else 1),
         "optimizer": trainable * 8 / (world if stage >= 1 else 1),
         "activations": rows * columns * token + 3 * 64 * config.vocab_size * 4,  # and the tiles of the head
         "reference": parameters * size / (world if stage == 3 else 1) if reference else 0,
@@ -71,47 +72,84 @@ def estimate_memory(config, args, model_args, parameters: int, trainable: int, c
 
 
 def describe(command: str, args, model_args) -> dict:
-    """The numbers of a run of `grpo` or `sft`, by name."""
+    """The numbers of a run of `grpo` or `sft`, by name.
+
+    Those by d2's formula (App. C.2) are of all processes, and equal the log's `flops_paper`; the counted ones are of
+    one micro-batch on one GPU, with prompts of 200 tokens.
+    """
     config = read_config(model_args.model_name_or_path).get_text_config()
-    parameters = count_parameters(config)
-    trainable = lora_parameters(config, model_args) if model_args.use_peft else parameters
+    model = _without_weights(config, args, model_args)
+    parameters = backbone_parameters(model)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     rows = args.per_device_train_batch_size
     step_rows = rows * args.gradient_accumulation_steps * max(1, args.world_size)
     facts = {
         "model": model_args.model_name_or_path,
-        "parameters": f"{parameters / 1e9:.2f} B, {trainable / 1e6:.1f} M of them trained",
+        "parameters": f"{parameters / 1e9:.2f} B, {trainable / 1e6:.1f} M trained",
         "processes": args.world_size,
     }
     if command == "sft":
         columns = args.canvas_length or args.max_length or 1024
         facts["rows an optimizer step"] = step_rows
-        facts["FLOPs an optimizer step"] = 6.0 * parameters * step_rows * columns
+        facts["FLOPs an optimizer step"] = (4.0 if model_args.use_peft else 6.0) * parameters * step_rows * columns
     else:
-        columns, canvas_length = args.max_completion_length + 200, args.max_completion_length
-        generation = args.generation_config()
-        views = args.build_estimator().num_views(_longest(canvas_length, generation.diffusion_steps))
-        completions = args.generation_batch_size
-        sampling = canvas_length * generation.diffusion_steps * 2 * parameters
-        old = args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0
-        scoring = canvas_length * views * 2 * parameters * (old + (args.beta != 0))
-        update = canvas_length * views * (4 if trainable < parameters else 6) * parameters
-        facts |= {
-            "completions a generation batch": completions,
-            "prompts a generation batch": completions // args.num_generations,
-            "completions an optimizer step": step_rows,
-            "optimizer steps a generation batch": args.steps_per_generation
-            * args.num_iterations
-            / args.gradient_accumulation_steps,
-            "decoding steps a completion": generation.diffusion_steps,
-            "views a completion": views,
-            "FLOPs of sampling a generation batch (d2 App. C.2)": float(sampling * completions),
-            "FLOPs of old and reference log-probs": float(scoring * completions),
-            "FLOPs of its updates": float(update * completions * args.num_iterations),
-        }
+        rollout = Rollout.scheduled(args.max_completion_length, args.generation_config().diffusion_steps)
+        view = args.build_estimator().view(rollout, 0, rollout.view_seed, 0)
+        columns = _PROMPT + view.input_ids.shape[1]
+        facts["completions an optimizer step"] = step_rows
+        facts |= _generation_batch(args, parameters, model_args.use_peft)
+        facts |= _micro_batch(args, TrainingFlops(model), columns, int((view.targets != IGNORE).sum()))
     memory = estimate_memory(config, args, model_args, parameters, trainable, columns, rows)
     facts |= {f"GiB a GPU: {name}": value / 2**30 for name, value in memory.items() if value}
     facts["GiB a GPU: total"] = sum(memory.values()) / 2**30
     return facts
+
+
+def _generation_batch(args, parameters: int, frozen_backbone: bool) -> dict:
+    """What a generation batch of GRPO is, and what it costs by d2's formula."""
+    estimator, steps = args.build_estimator(), args.generation_config().diffusion_steps
+    paper = args.paper_flops(args.generation_batch_size, parameters, frozen_backbone, estimator)
+    optimizer_steps = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+    facts = {
+        "completions a generation batch": args.generation_batch_size,
+        "prompts a generation batch": args.generation_batch_size // args.num_generations,
+        "optimizer steps a generation batch": optimizer_steps,
+        "decoding steps a completion": steps,
+        "views a completion": estimator.num_views(Rollout.scheduled(args.max_completion_length, steps)),
+        "FLOPs of sampling a generation batch (d2 App. C.2)": float(paper.sampling),
+        "FLOPs of old and reference log-probs": float(paper.old + paper.reference),
+        "FLOPs of its updates": float(paper.updates),
+        "flops_paper of a generation batch": float(paper.total),
+    }
+    if args.max_steps > 0:
+        facts["flops_paper of the run"] = float(paper.total * math.ceil(args.max_steps / optimizer_steps))
+    return facts
+
+
+def _micro_batch(args, count: TrainingFlops, columns: int, scored: int) -> dict:
+    """Counted operations of a decoding step and of an update on one view, which scores `scored` positions a row."""
+    rows, width = args.per_device_train_batch_size, _PROMPT + args.max_completion_length
+    sampled = rows * args.generation_config().block_length
+    update = count.view(rows, columns, rows * scored, training=True, reference=args.kl_estimator == "full")
+    return {
+        f"FLOPs of a decoding step of {rows} rows, counted": float(count(rows, width, width, sampled)),
+        f"FLOPs of an update on a view of {rows} rows, counted": float(update),
+    }
+
+
+def _without_weights(config, args=None, model_args=None) -> nn.Module:
+    """The model that a run would train, with its adapter and checkpointing, on the meta device."""
+    from peft import get_peft_model
+    from trl import get_peft_config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        adapter = get_peft_config(model_args) if model_args else None
+        if adapter is not None:
+            model = get_peft_model(model, adapter)
+    if args is not None and args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+    return model.train()
 
 
 def dry_run(command: str, args, model_args) -> dict:
@@ -124,7 +162,7 @@ def dry_run_decoding(command: str, name: str, config, rows: int, batch_size: int
     model = read_config(name).get_text_config()
     parameters = count_parameters(model)
     size = 4 if dtype == "float32" else 2
-    columns, inside = config.max_new_tokens + 200, 2 * (8 * model.hidden_size + 3 * model.intermediate_size)
+    columns, inside = config.max_new_tokens + _PROMPT, 2 * (8 * model.hidden_size + 3 * model.intermediate_size)
     weights, activations = parameters * size, batch_size * columns * inside + 3 * 64 * model.vocab_size * 4
     facts = {
         "model": f"{name} ({parameters / 1e9:.2f} B parameters)",
@@ -150,20 +188,7 @@ def _print(command: str, facts: dict) -> dict:
         table.add_row(name, f"{shown:.2f}" if isinstance(shown, float) else str(shown))
     console = Console()
     console.print(table)
-    console.print("Memory is an estimate for prompts of 200 tokens; fragmentation and the framework come on top.")
-    return facts
-
-
-def _longest(canvas_length: int, steps: int) -> Rollout:
-    """A rollout of one row that took `steps` steps, for estimators that count their views from one."""
-    zeros = torch.zeros(1, canvas_length, dtype=torch.int64)
-    return Rollout(
-        prompt_ids=zeros[:, :0],
-        prompt_mask=zeros[:, :0].bool(),
-        completion_ids=zeros,
-        unmask_step=torch.arange(canvas_length)[None] * steps // canvas_length,
-        logps=zeros.float(),
-        counted=torch.ones_like(zeros, dtype=torch.bool),
-        view_seed=zeros[:, 0],
-        mask_token_id=-1,
+    console.print(
+        f"Memory is an estimate for prompts of {_PROMPT} tokens; fragmentation and the framework come on top."
     )
+    return facts

@@ -53,15 +53,10 @@ def markdown() -> str:
 _PREFACE = """<!-- Written by `trl-dllm recipe --markdown > docs/recipes.md`; edit the recipes, not this page. -->
 # Recipes
 
-A recipe runs by its name, from any folder, and is printed complete, to start your own from:
-
-```bash
-trl-dllm grpo --config llada_8b/grpo/gsm8k_step_merge --num_processes 8
-trl-dllm recipe llada_8b/grpo/gsm8k_step_merge > mine.yaml
-```
-
-Which numbers are a paper's, which its code's and which ours stands in the head of each file; what each paper is, in
-the [paper index](paper_index.md).
+`trl-dllm grpo --config llada_8b/grpo/gsm8k_step_merge` runs a recipe by its name, from any folder; `trl-dllm recipe
+llada_8b/grpo/gsm8k_step_merge > mine.yaml` writes it out complete, to start your own from. Which numbers are a
+paper's, which its code's and which ours stands in the head of each file; what each paper is, in the
+[paper index](paper_index.md).
 
 A recipe with a `base`, the path of a file from its own folder, gives what differs from that file. A value replaces the
 base's as a whole, lists and mappings too; `null` is a value like any other; a base has no base."""

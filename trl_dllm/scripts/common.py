@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import ScriptArguments, TrlParser
 
 from trl_dllm.recipe import find_recipe, load_recipe
@@ -78,6 +79,13 @@ class RecipeParser(TrlParser):
             hints = "; ".join(self._hint(key) for key in unknown) or f"stray words {remaining}"
             raise ValueError(f"Unknown argument: {hints}")
         return (*parsed, remaining) if return_remaining_strings else tuple(parsed)
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, remaining = super().parse_known_args(args, namespace)
+        # A dry run loads no weights, so a bf16 recipe needs no GPU for it.
+        if namespace.dry_run and not is_torch_bf16_gpu_available():
+            namespace.use_cpu = True
+        return namespace, remaining
 
     def _hint(self, key: str, value: Any = None) -> str:
         shown = key if value is None else f"{key}={value!r}"

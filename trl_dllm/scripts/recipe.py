@@ -6,11 +6,10 @@ trl-dllm recipe llada_8b/grpo/gsm8k_step_merge > mine.yaml
 
 import argparse
 
-from rich import print as rich_print
+from rich.console import Console
 from rich.table import Table
 
 from trl_dllm.recipe import find_recipe, render_recipe
-from trl_dllm.reports.recipes import markdown, recipe_tables
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -21,9 +20,18 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.name is not None:
+        try:
+            print(render_recipe(find_recipe(args.name)), end="")
+        except (ValueError, FileNotFoundError) as error:
+            raise SystemExit(f"trl-dllm recipe: {error}") from error
+        return
+    from trl_dllm.reports.recipes import markdown, recipe_tables
+
     if args.markdown:
         print(markdown(), end="")
-    elif args.name is None:
+    else:
+        console = Console(markup=False, highlight=False)
         for folder, rows in recipe_tables().items():
             table = Table(title=f"{folder}/…", title_justify="left")
             table.add_column("recipe", no_wrap=True)
@@ -31,13 +39,8 @@ def main(args: argparse.Namespace) -> None:
             table.add_column("estimator" if "estimator" in rows[0] else "objective")
             for row in rows:
                 table.add_row(row["recipe"], row["method"], row.get("estimator") or row["objective"])
-            rich_print(table)
-        rich_print("Print one with `trl-dllm recipe NAME`, such as llada_8b/grpo/gsm8k_step_merge.")
-    else:
-        try:
-            print(render_recipe(find_recipe(args.name)), end="")
-        except (ValueError, FileNotFoundError) as error:
-            raise SystemExit(f"trl-dllm recipe: {error}") from error
+            console.print(table)
+        console.print("Print one with `trl-dllm recipe NAME`, such as llada_8b/grpo/gsm8k_step_merge.")
 
 
 if __name__ == "__main__":

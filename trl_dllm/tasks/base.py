@@ -110,20 +110,3 @@ def marked_answers(text: str) -> Iterator[str]:
         for found in (last_boxed(answer or ""), answer):
             if found and found.strip():
                 yield found.strip()
-
-
-def d1_answer(text: str) -> str:
-    """d1's extraction: from the last `<answer>` to the next `</answer>`, each of which may be missing; stripped."""
-    return text.rsplit("<answer>", 1)[-1].split("</answer>", 1)[0].strip()
-
-
-def d1_last_tag(text: str) -> str | None:
-    """The last `<answer>…</answer>` that a search from the left finds, stripped, as d1 reads it; None without one."""
-    found, start = None, text.find("<answer>")
-    while start >= 0:
-        end = text.find("</answer>", start)
-        if end < 0:
-            break
-        found = text[start + len("<answer>") : end]
-        start = text.find("<answer>", end)
-    return None if found is None else found.strip()

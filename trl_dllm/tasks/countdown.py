@@ -6,19 +6,17 @@ A hash of the problem (the numbers in any order, and the target) says which spli
 problem, whatever the seeds and ranges.
 """
 
-import ast
 import hashlib
 import random
 import re
-import warnings
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
 from datasets import Dataset
 
-from .base import Task, check_load_arguments, completion_text, d1_last_tag, last_answer, last_boxed, without_end_tokens
-from .d1_format import d1_last_box
+from .base import Task, check_load_arguments, completion_text, last_answer, last_boxed, without_end_tokens
+from .d1_countdown import d1_countdown_reward, d1_score
 from .data import choose, read_rows
 
 
@@ -121,7 +119,7 @@ def load(
         return _load_d1(split, num_examples, seed, prompt_format, data_dir, allow_test_as_train)
     num_examples = num_examples or DEFAULT_EXAMPLES[split]
     rng = random.Random(f"countdown/{split}/{seed}")
-    seen = set()
+    seen: set[tuple[int, ...]] = set()
     rows: dict[str, list] = {"prompt": [], "numbers": [], "target": [], "completion": []}
     misses = 0
     while len(seen) < num_examples:
@@ -137,14 +135,11 @@ def load(
             continue
         misses = 0
         seen.add(problem)
-        if prompt_format == "text":
-            completion = expression
-        else:
-            completion = [{"role": "assistant", "content": f"<answer>{expression}</answer>"}]
+        message = {"role": "assistant", "content": f"<answer>{expression}</answer>"}
         rows["prompt"].append(_prompt(numbers, target, prompt_format))
         rows["numbers"].append(numbers)
         rows["target"].append(target)
-        rows["completion"].append(completion)
+        rows["completion"].append(expression if prompt_format == "text" else [message])
     return Dataset.from_dict(rows)
 
 
@@ -303,130 +298,6 @@ def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     if answer is None and isinstance(row.get("prompt", ""), str):
         answer = parse_answer(text)
     return {"correct": is_correct(answer, row["numbers"], row["target"])}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# d1's reward and parser, quirks included
-
-_D1_ALLOWED = re.compile(r"[\d+\-*/().\s]+")
-_D1_BITS = 4096  # of an intermediate power; d1 runs until it has any power, however large
-D1_MAX_LENGTH = 10_000  # what is longer is wrong, as everything is that Python's parser gives up on
-
-
-def _d1_value(text: str) -> int | float | None:
-    """
-    The value that Python's `eval` gives an expression of digits, + - * / ( ) . and white space; None where it fails.
-
-    So `2**3` and `7//2` are allowed, and `1.5` is a float. Computed from the syntax tree, never by `eval`.
-    """
-    if len(text) > D1_MAX_LENGTH or _D1_ALLOWED.fullmatch(text) is None:
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # "2(3)" parses, with one
-            tree = ast.parse(text.lstrip(" \t"), mode="eval")
-        return _python_value(tree.body)
-    except (_Invalid, ArithmeticError, SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _python_value(node: ast.AST) -> int | float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-        value = _python_value(node.operand)
-        return -value if isinstance(node.op, ast.USub) else value
-    if not isinstance(node, ast.BinOp):
-        raise _Invalid
-    left, right = _python_value(node.left), _python_value(node.right)
-    if isinstance(node.op, ast.Add):
-        return left + right
-    if isinstance(node.op, ast.Sub):
-        return left - right
-    if isinstance(node.op, ast.Mult):
-        return left * right
-    if isinstance(node.op, ast.Div):
-        return left / right
-    if isinstance(node.op, ast.FloorDiv):
-        return left // right
-    if isinstance(node.op, ast.Pow):
-        if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > _D1_BITS:
-            raise _Invalid
-        power = left**right
-        if isinstance(power, complex):
-            raise _Invalid
-        return power
-    raise _Invalid
-
-
-def _d1_same_numbers(text: str, numbers: list[int]) -> bool:
-    try:
-        return sorted(int(run) for run in re.findall(r"\d+", text)) == sorted(numbers)
-    except ValueError:  # thousands of digits
-        return False
-
-
-def d1_countdown_reward(completions: list, numbers: list[list[int]], target: list[int], **kwargs) -> list[float]:
-    """
-    d1's reward: 1.0 for a right expression in the last `<answer>`, 0.1 for any other answer there, 0.0 without one.
-
-    What Python evaluates to within 1e-5 of the target is right, so `**`, `//` and decimals count, and "= 24" behind
-    the expression, LaTeX and × do not. The digits of "1.5" are the numbers 1 and 5. The default differs in all of
-    these; it is exact, and takes an "=" with the right value. (Where d1 would compute a power of more than about 4,000
-    bits, or read more than 10,000 characters, this gives 0.1.)
-    """
-    rewards = []
-    for completion, given, value in zip(completions, numbers, target, strict=True):
-        answer = d1_last_tag(completion_text(completion))
-        if answer is None:
-            rewards.append(0.0)
-            continue
-        found = _d1_value(answer) if _d1_same_numbers(answer, given) else None
-        rewards.append(1.0 if found is not None and _near(found, value) else 0.1)
-    return rewards
-
-
-def _near(found: int | float, target: int) -> bool:
-    try:
-        return abs(found - target) < 1e-5
-    except OverflowError:
-        return False
-
-
-def d1_parse_answer(text: str) -> str:
-    """
-    The expression that d1's evaluation reads; never raises.
-
-    The last `\\boxed{…}`, else the first `<answer>…</answer>`, else the whole text; then LaTeX's times, cdot and div
-    become operators, and of the first equation with a number on its right only the left side is kept.
-    """
-    boxed = d1_last_box(text)
-    if boxed is None:
-        start = text.find("<answer>")
-        end = text.find("</answer>", start)
-        boxed = text[start + len("<answer>") : end].strip() if 0 <= start < end else text
-    for name, symbol in (("\\div", "/"), ("\\times", "*"), ("\\cdot", "*")):
-        boxed = boxed.replace(name, symbol)
-    sides = _d1_equation(boxed)
-    return boxed if sides is None else sides
-
-
-def _d1_equation(text: str) -> str | None:
-    """The left side of the first "expression = number"; each "=" is looked at once, so this is linear."""
-    for equals in re.finditer("=[0-9. ]", text):
-        start = equals.start()
-        while start > 0 and text[start - 1] in "0123456789+-*/() ":
-            start -= 1
-        if start < equals.start():
-            return text[start : equals.start()].strip()
-    return None
-
-
-def d1_score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`score` by d1's parser: Python's value, in floating point and compared exactly, of `d1_parse_answer`."""
-    answer = d1_parse_answer(text)
-    right = _d1_same_numbers(answer, row["numbers"]) and _d1_value(answer) == row["target"]
-    return {"correct": bool(right)}
 
 
 def stored_row(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""d1's format rewards, which its tasks share: the numbers of the published functions, quirks included."""
+"""d1's format rewards and its ways to find an answer, which its tasks share: as published, quirks included."""
 
 import re
 
-from .base import completion_text, d1_answer
+from .base import completion_text
 
 
 _PAIR = re.compile(r"</reasoning>\s*<answer>")
@@ -58,37 +58,44 @@ def strict_format(text: str) -> float:
     return 0.5 if found and lines[6:] in ([""], ["", ""]) else 0.0
 
 
-def _texts(completions: list) -> list[str]:
+def completion_texts(completions: list) -> list[str]:
     return [completion_text(completion) for completion in completions]
 
 
 def d1_xmlcount_reward(completions: list, **kwargs) -> list[float]:
     """d1's count of tag lines, see `xmlcount`: at most 0.5."""
-    return [xmlcount(text) for text in _texts(completions)]
+    return [xmlcount(text) for text in completion_texts(completions)]
 
 
 def d1_soft_format_reward(completions: list, **kwargs) -> list[float]:
     """d1's soft format, 0.5 or 0. A line break inside a section gives 0: the pattern has no DOTALL."""
-    return [soft_format(text) for text in _texts(completions)]
+    return [soft_format(text) for text in completion_texts(completions)]
 
 
 def d1_strict_format_reward(completions: list, **kwargs) -> list[float]:
     """d1's strict format, 0.5 or 0. Reasoning of two lines gives 0, and what earns it cannot earn `soft_format`."""
-    return [strict_format(text) for text in _texts(completions)]
-
-
-def d1_int_reward(completions: list, **kwargs) -> list[float]:
-    """d1's integer reward, 0.5 where the extracted answer has digits only: none for a sign, a point or a comma."""
-    return [0.5 if d1_answer(text).isdigit() else 0.0 for text in _texts(completions)]
-
-
-def d1_correctness_reward(completions: list, answer: list[str], **kwargs) -> list[float]:
-    """d1's correctness, 2.0 where the extracted answer is the gold string, character by character; tags not needed."""
-    return [2.0 if d1_answer(text) == gold else 0.0 for text, gold in zip(_texts(completions), answer, strict=True)]
+    return [strict_format(text) for text in completion_texts(completions)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# MATH: the normalisation of the data set's own grader, on which d1's reward rests
+# Finding the answer
+
+
+def d1_answer(text: str) -> str:
+    """d1's extraction: from the last `<answer>` to the next `</answer>`, each of which may be missing; stripped."""
+    return text.rsplit("<answer>", 1)[-1].split("</answer>", 1)[0].strip()
+
+
+def d1_last_tag(text: str) -> str | None:
+    """The last `<answer>…</answer>` that a search from the left finds, stripped, as d1 reads it; None without one."""
+    found, start = None, text.find("<answer>")
+    while start >= 0:
+        end = text.find("</answer>", start)
+        if end < 0:
+            break
+        found = text[start + len("<answer>") : end]
+        start = text.find("<answer>", end)
+    return None if found is None else found.strip()
 
 
 def d1_last_box(text: str) -> str | None:
@@ -112,102 +119,3 @@ def d1_last_box(text: str) -> str | None:
             opens = text.startswith("\\boxed{", start) and depth == 0
             return text[start + len("\\boxed{") : brace.start()] if opens else None
     return None
-
-
-def d1_math_format(text: str) -> float:
-    """
-    0.75 where there is an `<answer>`, else 0.25.
-
-    The box is worth another quarter at most, but what is looked for is a backspace and "oxed": "\\b" in a string of
-    Python that is not raw. A text that has those characters earns 1.0 or 0.5.
-    """
-    parts = text.split("<answer>", 2)
-    tagged = len(parts) > 1
-    inside = parts[1].split("</answer>", 1)[0] if tagged else text
-    return 0.5 * ((1.0 if tagged else 0.0) + (1.0 if "\x08oxed" in inside else 0.5))
-
-
-# Replaced one after the other.
-_REPLACED = (
-    ("\n", ""),
-    ("\\!", ""),
-    ("\\\\", "\\"),
-    ("tfrac", "frac"),
-    ("dfrac", "frac"),
-    ("\\left", ""),
-    ("\\right", ""),
-    ("^{\\circ}", ""),
-    ("^\\circ", ""),
-    ("\\$", ""),
-)
-_REPLACED_LATER = (("\\%", ""), ("\\%", ""), (" .", " 0."), ("{.", "{0."))
-MAX_NORMALISED = 10_000  # characters; d1 has no limit, but answers of that length are never equal to a gold one
-
-
-def d1_normal_form(text: str) -> str | None:
-    """
-    An answer in the normal form that d1 compares: no spaces, units, degrees, dollars and percent, "\\frac{a}{b}".
-
-    None where the normalisation gives up (two units, `\\frac` or `\\sqrt` at the end).
-    """
-    if len(text) > MAX_NORMALISED:
-        return None
-    for old, new in _REPLACED:
-        text = text.replace(old, new)
-    if "\\text{ " in text:  # a unit on the right
-        parts = text.split("\\text{ ")
-        if len(parts) != 2:
-            return None
-        text = parts[0]
-    for old, new in _REPLACED_LATER:
-        text = text.replace(old, new)
-    if not text:
-        return text
-    if text[0] == ".":
-        text = "0" + text
-    sides = text.split("=")
-    if len(sides) == 2 and len(sides[0]) <= 2:  # "x = 3"
-        text = sides[1]
-    text = _brace_roots(text)
-    if text is None:
-        return None
-    text = _brace_fractions(text.replace(" ", ""))
-    return None if text is None else _fraction_of_slash("\\frac{1}{2}" if text == "0.5" else text)
-
-
-def _brace_roots(text: str) -> str | None:
-    first, *rest = text.split("\\sqrt")
-    if any(not part for part in rest):
-        return None
-    return first + "".join("\\sqrt" + (part if part[0] == "{" else f"{{{part[0]}}}{part[1:]}") for part in rest)
-
-
-def _brace_fractions(text: str) -> str | None:
-    """`\\frac12` and the like with braces; the text as it was where a fraction is too short for that."""
-    first, *rest = text.split("\\frac")
-    result = first
-    for part in rest:
-        result += "\\frac"
-        if not part:
-            return None
-        if part[0] == "{":
-            result += part
-        elif len(part) < 2:
-            return text
-        elif part[1] == "{":
-            result += f"{{{part[0]}}}{part[1:]}"
-        else:
-            result += f"{{{part[0]}}}{{{part[1]}}}{part[2:]}"
-    return result
-
-
-def _fraction_of_slash(text: str) -> str:
-    """Two integers with a slash between them as a `\\frac`; anything else as it is."""
-    sides = text.split("/")
-    if len(sides) != 2:
-        return text
-    try:
-        above, below = int(sides[0]), int(sides[1])
-    except ValueError:
-        return text
-    return f"\\frac{{{above}}}{{{below}}}" if text == f"{above}/{below}" else text

@@ -60,11 +60,13 @@ def read_rows(
     Raises `ValueError`, naming what is missing, where the split does not exist.
     """
     folder = data_folder(data_dir)
+    paths: dict[str, Path] = {}
     if folder is None:
-        known, missing = hub, f"the Hub has no {split!r} split of {task}"
+        known, missing = set(hub), f"the Hub has no {split!r} split of {task}"
     else:
-        paths = {name: _existing(folder / file) for name, file in files.items()}
-        known = {name: path for name, path in paths.items() if path is not None}
+        found = {name: _existing(folder / file) for name, file in files.items()}
+        paths = {name: path for name, path in found.items() if path is not None}
+        known = set(paths)
         missing = f"{folder / files.get(split, f'{task}/{split}.jsonl')} does not exist"
     if split not in known:
         if split != "train" or "test" not in known:
@@ -77,7 +79,7 @@ def read_rows(
         warnings.warn(f"{task}: training on its test split (allow_test_as_train=True); its test score means nothing.")
         split = "test"
     if folder is not None:
-        return read_file(known[split])
+        return read_file(paths[split])
     name, config, hub_split = hub[split]
     return load_dataset(name, config, split=hub_split).to_list()
 

@@ -1,15 +1,15 @@
-"""HumanEval: functions to complete from their docstring, checked by running their tests. See `execution`."""
+"""HumanEval: functions to complete from their docstring, checked by running their tests. See `trl_dllm.sandbox`."""
 
-import ast
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
 
-from .base import Task, check_load_arguments, completion_text, last_answer, without_end_tokens
+from ..sandbox import CodeExecutionProvider, pass_fractions
+from .base import Task, check_load_arguments, completion_text, without_end_tokens
 from .data import choose, read_rows, to_dataset
-from .execution import CodeExecutionProvider, pass_fractions
+from .programs import MAX_CODE, code_format_reward, defines, extract_code, future_first, with_execution
 
 
 FILES = {"test": "humaneval/HumanEval.jsonl"}
@@ -22,7 +22,6 @@ CHAT_PROMPT = (
 
 # Where a plain continuation of the prompt stops being the function.
 _STOP = re.compile(r"\n(?:class |def |async def |@|#|if |print\(|```)|<answer>|</answer>")
-MAX_CODE = 50_000  # characters of a program; longer ones fail without being run
 
 
 def load(
@@ -63,30 +62,6 @@ def load(
 # From a completion to programs
 
 
-def extract_code(text: str) -> str | None:
-    """
-    The code that `text` presents: its last ``` block, in the last `<answer>…</answer>` if there is one.
-
-    Without a block it is what stands in the tags; None without both. A block that never closes goes to the end of the
-    text. Never raises.
-    """
-    text = without_end_tokens(text)
-    answer = last_answer(text)
-    inside = text if answer is None else answer
-    pieces = inside.split("```")
-    if len(pieces) > 1:
-        # Odd pieces are blocks; the first line of one names its language.
-        block = pieces[-1] if len(pieces) % 2 == 0 and len(pieces) == 2 else pieces[2 * ((len(pieces) - 1) // 2) - 1]
-        language, newline, code = block.partition("\n")
-        return code if newline and len(language.split()) <= 1 else block
-    return None if answer is None else answer.strip("\n")
-
-
-def defines(code: str, name: str) -> bool:
-    """Does `code` have a definition of the function or class `name` that is not indented? Never raises."""
-    return re.search(rf"^(?:async\s+def|def|class)\s+{re.escape(name)}\b", code, re.MULTILINE) is not None
-
-
 def build_program(text: str, row: Mapping[str, Any]) -> str | None:
     """
     The program that says whether a completion is right: its function, the tests, and the call of `check`.
@@ -104,22 +79,7 @@ def build_program(text: str, row: Mapping[str, Any]) -> str | None:
     prompt = row["code_prompt"]
     # Behind the prompt, whose function thereby gets an empty body, a new definition takes the old one's place.
     solution = f"{prompt}\n    pass\n\n{code}" if defines(code, row["entry_point"]) else prompt + code
-    return f"{_future_first(solution)}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
-
-
-def _future_first(code: str) -> str:
-    """`from __future__` lines have to come first, wherever a model put them."""
-    lines = re.findall(r"^from __future__ import [^\n]*\n", code, re.MULTILINE)
-    return "".join(lines) + re.sub(r"^from __future__ import [^\n]*\n", "", code, flags=re.MULTILINE)
-
-
-def parses(code: str) -> bool:
-    """Is it Python? Never raises."""
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    return f"{future_first(solution)}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,10 +96,10 @@ def humaneval_reward(
     **kwargs,
 ) -> list[float]:
     """
-    1.0 where the function passes its tests, else 0.0. Runs generated programs: see `execution` for what that protects.
+    1.0 where the function passes its tests, else 0.0. Runs generated programs: see `trl_dllm.sandbox`.
 
     Raises `PermissionError` unless `allow_code_execution` is true or TRL_DLLM_ALLOW_CODE_EXECUTION=1 is set, and
-    `execution.SandboxUnavailable` where the local provider has no sandbox. d1 has no such reward.
+    `SandboxUnavailable` where the local provider has no sandbox. d1 has no such reward.
     """
     rows = zip(completions, code_prompt, test, entry_point, strict=True)
     suites = []
@@ -150,28 +110,16 @@ def humaneval_reward(
     return pass_fractions(suites, allow_code_execution, provider)
 
 
-def code_format_reward(completions: list, **kwargs) -> list[float]:
-    """1.0 for Python in a ``` block (or in `<answer>` tags), 0.5 for a block of something else, 0.0 without one."""
-    codes = [extract_code(completion_text(completion)) for completion in completions]
-    return [
-        0.0 if code is None or not code.strip() else 1.0 if len(code) <= MAX_CODE and parses(code) else 0.5
-        for code in codes
-    ]
-
-
-def make_reward(allow_code_execution: bool = True, provider: str | CodeExecutionProvider = "local") -> Callable:
+def make_reward(
+    allow_code_execution: bool = True, provider: str | CodeExecutionProvider = "local"
+) -> Callable[..., list[float]]:
     """`humaneval_reward` with execution allowed and the provider chosen, for a script's `reward_funcs`."""
-
-    def humaneval(completions: list, **columns) -> list[float]:
-        options = {"allow_code_execution": allow_code_execution, "provider": provider}
-        return humaneval_reward(completions, **{**columns, **options})
-
-    return humaneval
+    return with_execution("humaneval", humaneval_reward, allow_code_execution, provider)
 
 
 def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """`correct` of one completion; runs it, so that it needs TRL_DLLM_ALLOW_CODE_EXECUTION=1. Raises as the reward."""
-    columns = {name: [row[name]] for name in ("code_prompt", "test", "entry_point")}
+    columns: dict[str, Any] = {name: [row[name]] for name in ("code_prompt", "test", "entry_point")}
     return {"correct": humaneval_reward([text], **columns) == [1.0]}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from datasets import Dataset
 
 from .base import Task, check_load_arguments, completion_text, last_boxed, marked_answers
-from .d1_format import d1_last_box, d1_math_format, d1_normal_form
+from .d1_math500 import d1_boxed_and_answer_tags_reward, d1_math_correctness_reward, d1_score
 from .data import choose, read_rows, to_dataset
 
 
@@ -233,44 +233,6 @@ def boxed_reward(completions: list, **kwargs) -> list[float]:
         else:
             rewards.append(0.25 if last_boxed(text) is not None else 0.0)
     return rewards
-
-
-def d1_math_correctness_reward(completions: list, answer: list[str], **kwargs) -> list[float]:
-    """
-    d1's correctness, 2.0 where the last box (or, without one, the whole text) is the gold answer after normalisation.
-
-    `answer` may be a solution with a box, as in d1's data, or the bare answer.
-    """
-    golds = [d1_last_box(gold) or gold for gold in answer]
-    texts = [completion_text(completion) for completion in completions]
-    found = [d1_last_box(text) for text in texts]
-    return [
-        2.0 if d1_equivalent(text if box is None else box, gold) else 0.0
-        for text, box, gold in zip(texts, found, golds, strict=True)
-    ]
-
-
-def d1_boxed_and_answer_tags_reward(completions: list, **kwargs) -> list[float]:
-    """d1's format reward: 0.75 with an `<answer>`, 0.25 without, box or no box (see `d1_format.d1_math_format`)."""
-    return [d1_math_format(completion_text(completion)) for completion in completions]
-
-
-def d1_equivalent(answer: str, gold: str) -> bool:
-    """Are the two the same after d1's normalisation, or as they are where that fails? Never raises."""
-    first, second = d1_normal_form(answer), d1_normal_form(gold)
-    if first is None or second is None:
-        return answer == gold
-    return first == second
-
-
-def d1_score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`score` by d1's parser: the last box, else the first `<answer>…</answer>`, compared as `d1_equivalent` does."""
-    box = d1_last_box(text)
-    if box is None:
-        start = text.find("<answer>")
-        end = text.find("</answer>", start)
-        box = text[start + len("<answer>") : end].strip() if 0 <= start < end else None
-    return {"correct": box is not None and d1_equivalent(box, row["answer"]), "answer": box and box[:1000]}
 
 
 def stored_row(record: Mapping[str, Any]) -> dict[str, Any]:

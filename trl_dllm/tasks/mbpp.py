@@ -1,14 +1,14 @@
-"""MBPP: short Python functions from one sentence and three assertions, checked by running them. See `execution`."""
+"""MBPP: short Python functions from one sentence and three assertions, run in a sandbox."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
 
+from ..sandbox import CodeExecutionProvider, pass_fractions
 from .base import Task, check_load_arguments, completion_text, without_end_tokens
 from .data import choose, read_rows, to_dataset
-from .execution import CodeExecutionProvider, pass_fractions
-from .humaneval import MAX_CODE, _future_first, code_format_reward, extract_code
+from .programs import MAX_CODE, code_format_reward, extract_code, future_first, with_execution
 
 
 FILES = {"train": "mbpp/train.jsonl", "validation": "mbpp/validation.jsonl", "test": "mbpp/test.jsonl"}
@@ -65,7 +65,7 @@ def build_programs(text: str, row: Mapping[str, Any]) -> list[str]:
         code = without_end_tokens(text)
     if len(code) > MAX_CODE:
         return []
-    head = f"{_future_first(code)}\n\n{row.get('test_setup') or ''}\n\n"
+    head = f"{future_first(code)}\n\n{row.get('test_setup') or ''}\n\n"
     return [f"{head}{assertion}\n" for assertion in row["test_list"]]
 
 
@@ -80,8 +80,8 @@ def mbpp_reward(
     """
     The fraction of the assertions that hold, each in a run of its own; one that never ends costs the others nothing.
 
-    Runs generated programs: see `execution` for what that protects. Raises `PermissionError` unless
-    `allow_code_execution` is true or TRL_DLLM_ALLOW_CODE_EXECUTION=1 is set, and `execution.SandboxUnavailable` where
+    Runs generated programs: see `trl_dllm.sandbox`. Raises `PermissionError` unless
+    `allow_code_execution` is true or TRL_DLLM_ALLOW_CODE_EXECUTION=1 is set, and `SandboxUnavailable` where
     the local provider has no sandbox. d1 has no such reward.
     """
     setups = [""] * len(completions) if test_setup is None else test_setup
@@ -92,19 +92,16 @@ def mbpp_reward(
     return pass_fractions(suites, allow_code_execution, provider)
 
 
-def make_reward(allow_code_execution: bool = True, provider: str | CodeExecutionProvider = "local") -> Callable:
+def make_reward(
+    allow_code_execution: bool = True, provider: str | CodeExecutionProvider = "local"
+) -> Callable[..., list[float]]:
     """`mbpp_reward` with execution allowed and the provider chosen, for a script's `reward_funcs`."""
-
-    def mbpp(completions: list, **columns) -> list[float]:
-        options = {"allow_code_execution": allow_code_execution, "provider": provider}
-        return mbpp_reward(completions, **{**columns, **options})
-
-    return mbpp
+    return with_execution("mbpp", mbpp_reward, allow_code_execution, provider)
 
 
 def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """`correct` (all assertions hold) and `tests_passed` (their fraction); permissions and errors as the reward's."""
-    columns = {"test_list": [row["test_list"]], "test_setup": [row.get("test_setup") or ""]}
+    columns: dict[str, Any] = {"test_list": [row["test_list"]], "test_setup": [row.get("test_setup") or ""]}
     fraction = mbpp_reward([text], **columns)[0]
     return {"correct": fraction == 1.0, "tests_passed": fraction}
 

@@ -12,13 +12,15 @@ import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from .base import Task, check_load_arguments, completion_text, d1_last_tag, last_answer
-from .data import choose, read_rows
+from .base import Task, check_load_arguments, completion_text, last_answer
+from .d1_sudoku import d1_score, d1_sudoku_reward
+from .data import choose, read_rows, to_dataset
 
 
 SPLIT_SIZES = {"train": 200, "validation": 24, "test": 64}
@@ -85,30 +87,40 @@ def _unique_masks(split: str) -> np.ndarray:
     return ~ambiguous
 
 
+@dataclass(eq=False)
+class _Pool:
+    """The puzzles with one number of blanks: masks, flat indices of the unique ones, a partial shuffle of those."""
+
+    masks: np.ndarray
+    candidates: np.ndarray
+    drawn: int = 0
+    moved: dict[int, int] = field(default_factory=dict)
+
+
 def _draw_puzzles(split: str, seed: int, min_blanks: int, max_blanks: int) -> Iterator[tuple[str, str]]:
     """Every (puzzle, solution) of the split once, in random order, the number of blanks drawn evenly."""
     rng = random.Random(f"sudoku/{split}/{seed}")
     grids = split_solutions(split)
     unique = _unique_masks(split)
     blanks_of_mask = np.array([16 - mask.bit_count() for mask in range(1 << 16)])
-    pools = []  # one per number of blanks: its masks, flat indices of its unique puzzles, a partial shuffle of them
+    pools = []
     for blanks in range(min_blanks, max_blanks + 1):
         masks = np.flatnonzero(blanks_of_mask == blanks)
         candidates = np.flatnonzero(unique[masks]).astype(np.int32)
         if len(candidates):
-            pools.append({"masks": masks, "candidates": candidates, "drawn": 0, "moved": {}})
+            pools.append(_Pool(masks, candidates))
     while pools:
         pool = rng.choice(pools)
         # Fisher-Yates that stores only the entries it moved: no puzzle comes twice, and a longer run starts the same.
-        first, moved = pool["drawn"], pool["moved"]
-        chosen = rng.randrange(first, len(pool["candidates"]))
+        first, moved = pool.drawn, pool.moved
+        chosen = rng.randrange(first, len(pool.candidates))
         index = moved.get(chosen, chosen)
         moved[chosen] = moved.get(first, first)
-        pool["drawn"] += 1
-        if pool["drawn"] == len(pool["candidates"]):
+        pool.drawn += 1
+        if pool.drawn == len(pool.candidates):
             pools.remove(pool)
-        row, column = divmod(int(pool["candidates"][index]), len(grids))
-        mask, solution = int(pool["masks"][row]), grids[column]
+        row, column = divmod(int(pool.candidates[index]), len(grids))
+        mask, solution = int(pool.masks[row]), grids[column]
         yield "".join(digit if mask >> cell & 1 else "0" for cell, digit in enumerate(solution)), solution
 
 
@@ -158,12 +170,10 @@ def load(
         )
     puzzles, solved = (list(column) for column in zip(*drawn, strict=True))
     answers = [_with_mistakes(puzzle, solution, answer_noise, seed) for puzzle, solution in drawn]
-    if prompt_format == "text":
-        prompts, completions = [f"{puzzle}=" for puzzle in puzzles], answers
-    else:
-        prompts = [[{"role": "user", "content": CHAT_PROMPT.format(puzzle=puzzle)}] for puzzle in puzzles]
-        completions = [[{"role": "assistant", "content": f"<answer>{answer}</answer>"}] for answer in answers]
-    return Dataset.from_dict({"prompt": prompts, "puzzle": puzzles, "solution": solved, "completion": completions})
+    chat = prompt_format == "chat"
+    prompts = [CHAT_PROMPT.format(puzzle=puzzle) if chat else f"{puzzle}=" for puzzle in puzzles]
+    completions = [f"<answer>{answer}</answer>" for answer in answers] if chat else answers
+    return to_dataset(prompts, completions, {"puzzle": puzzles, "solution": solved}, prompt_format)
 
 
 def _with_mistakes(puzzle: str, solution: str, noise: float, seed: int) -> str:
@@ -216,79 +226,6 @@ def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     board = parse_board(text)
     right, blanks = count_cells(board, row["puzzle"], row["solution"])
     return {"correct": board == row["solution"], "cells_correct": right, "cells_total": blanks}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# d1's reward and parser, quirks included
-
-
-def _d1_cells(board: str, puzzle: str, solution: str) -> tuple[int, int]:
-    """(blanks filled in rightly, blanks) of a board that is cut, or filled up with zeros, to 16 cells."""
-    return count_cells(board[:16].ljust(16, "0"), puzzle, solution)
-
-
-def d1_sudoku_reward(completions: list, puzzle: list[str], solution: list[str], **kwargs) -> list[float]:
-    """
-    d1's reward: the fraction of the blanks filled in rightly by the digits in the last closed `<answer>`.
-
-    Text without tags earns nothing (the default reads its digits), zeros are added and digits dropped to make 16, and
-    any Unicode digit takes a cell (the default reads 0 to 9 only).
-    """
-    rewards = []
-    for completion, given, solved in zip(completions, puzzle, solution, strict=True):
-        answer = d1_last_tag(completion_text(completion)) or ""
-        board = "".join(character for character in answer if character.isdigit())
-        right, blanks = _d1_cells(board, given, solved)
-        rewards.append(right / blanks if board and blanks else 0.0)
-    return rewards
-
-
-_ANSWER_END = re.compile(r"<\|eot_id\|>|<\|endoftext\|>|</answer>")
-_FENCE = re.compile(r"```\s*([\d\s]+)```")
-_SIXTEEN = re.compile(r"(?<!\w)\d{16}(?!\w)")
-
-
-def d1_parse_board(text: str) -> str:
-    """
-    The board that d1's evaluation reads, at most 16 characters without white space; never raises.
-
-    Digits alone in a ``` fence behind the first `<answer>`, else what follows it up to `</answer>` or an end token,
-    else what follows the first `</answer>`, else 16 digits in a row anywhere. What is not a digit is kept and takes a
-    cell.
-    """
-    start = text.find("<answer>")
-    behind = text[start + len("<answer>") :] if start >= 0 else ""
-    candidates = []
-    fence = _first_fence(behind)
-    if fence is not None:
-        candidates.append(fence)
-    if _ANSWER_END.search(behind):
-        candidates.append(_ANSWER_END.split(behind, maxsplit=1)[0])
-    if "</answer>" in text:
-        candidates.append(re.split(r"<\|eot_id\|>|<\|endoftext\|>", text.split("</answer>", 1)[1], maxsplit=1)[0])
-    run = _SIXTEEN.search(text)
-    if run is not None:
-        candidates.append(run.group())
-    chosen = next((candidate for candidate in candidates if candidate.strip()), "")
-    return "".join(chosen.split())[:16]
-
-
-def _first_fence(text: str) -> str | None:
-    """The first ``` fence with digits and white space only; between two fences each character is read once."""
-    for start in re.finditer("```", text):
-        end = text.find("```", start.end())
-        if end < 0:
-            return None
-        match = _FENCE.fullmatch(text, start.start(), end + 3)
-        if match is not None and match.group(1).strip():
-            return match.group(1)
-    return None
-
-
-def d1_score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`score` by d1's parser; d1 reports cells (`cells_correct` of `cells_total`), `correct` is all of them."""
-    right, blanks = _d1_cells(d1_parse_board(text), row["puzzle"], row["solution"])
-    return {"correct": right == blanks, "cells_correct": right, "cells_total": blanks}
 
 
 def stored_row(record: Mapping[str, Any]) -> dict[str, Any]:

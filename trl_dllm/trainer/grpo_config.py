@@ -11,6 +11,8 @@ from trl import GRPOConfig
 from ..fields import check_fields, check_kind, document_fields
 from ..generation import DecodingArguments, DiffusionGenerationConfig
 from ..likelihood import ESTIMATORS, Estimator
+from ..models import PaperFlops, paper_flops
+from ..rollout import Rollout
 from .stock import Refused, refuse, take_over
 
 
@@ -296,6 +298,62 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             temperature=self.temperature,
             eos_token_ids=eos_token_ids,
             **{f.name: getattr(self, f.name) for f in fields(DecodingArguments)},
+        )
+
+    # What is computed on a generation batch, by the settings alone.
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether the old policy's log-probs are in the loss: its ratio has them, and they are not the current ones.
+
+        TRL's rule: where generation batches end with optimizer steps, they are the current policy's.
+        """
+        assert self.steps_per_generation is not None  # filled in by TRL
+        moved = self.gradient_accumulation_steps % (self.steps_per_generation * self.num_iterations) != 0
+        return moved and self.ratio_denominator == "old" and self.loss_type != "wd1"
+
+    @property
+    def scores_old(self) -> bool:
+        """Whether they take forwards of their own."""
+        return self.needs_old and self.old_logps == "recompute"
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the reference's log-probs of the tokens are computed; the full KL runs it beside the policy."""
+        return self.ratio_denominator == "ref" or (self.beta != 0 and self.kl_estimator == "k3")
+
+    def num_draws(self, estimator: Estimator) -> int:
+        """Inner iterations for which they are computed, because something random is drawn anew in each."""
+        random = estimator.stochastic or self.p_mask_prompt > 0
+        return self.num_iterations if random and self.redraw_views else 1
+
+    def paper_flops(
+        self, completions: int, parameters: int, frozen_backbone: bool, estimator: Estimator | None = None
+    ) -> PaperFlops:
+        """Operations of a generation batch of `completions` and all updates on it, by d2 App. C.2.
+
+        T and the views are the schedule's, also where rows stop early or reveal by a threshold.
+
+        Args:
+            parameters (`int`): of the model without adapters, see `backbone_parameters`.
+            frozen_backbone (`bool`): whether they are not trained, or not all of them.
+            estimator (`Estimator`, *optional*): instead of the one that the fields describe.
+        """
+        estimator = estimator or self.build_estimator()
+        canvas_length, steps = self.max_completion_length, self.generation_config().diffusion_steps
+        assert canvas_length is not None and steps is not None  # `validate` refuses the one and fills in the other
+        return paper_flops(
+            parameters=parameters,
+            canvas_length=canvas_length,
+            completions=completions,
+            steps=steps,
+            views=estimator.num_views(Rollout.scheduled(canvas_length, steps)),
+            draws=self.num_draws(estimator),
+            inner_iterations=self.num_iterations,
+            frozen_backbone=frozen_backbone,
+            scores_old=self.scores_old,
+            scores_reference=self.scores_reference,
+            full_kl=self.kl_estimator == "full",
         )
 
     @classmethod

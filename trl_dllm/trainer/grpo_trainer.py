@@ -32,10 +32,11 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 
 from ..generation import generate
 from ..likelihood import Estimator, TokenScores, check_estimator, counted_view, perturb_prompt, score_view
-from ..models import ForwardFlops, MaskedDiffusionSpec, unwrap
+from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
 from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
+from .buffer import from_batch, to_batch
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .model_card import rewrite_quick_start
@@ -61,12 +62,6 @@ _OVERRIDDEN: Interface = {
 }
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
-
-
-def _numel(parameter: Tensor) -> int:
-    """Number of weights, also where several are packed in a byte (4-bit) or held by other processes (ZeRO-3)."""
-    packed = getattr(parameter, "quant_state", None)
-    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 class DiffusionGRPOTrainer(GRPOTrainer):
@@ -136,7 +131,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         # (global step, generation batches drawn in it), of training and of evaluation: a run with evaluation, or
         # resumed after one, draws the same completions in training.
         self._generation_round = [(-1, 0), (-1, 0)]
-        self._flops = {"counted": 0, "paper": 0}
+        self.flops = FlopsCounter()
 
         # TRL loads a reference where beta is not 0; as the ratio's denominator it is needed at 0 as well.
         beta, needs_reference = args.beta, args.beta != 0 or args.ratio_denominator == "ref"
@@ -160,8 +155,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         # Again, now with the checkpoint's own tokenizer.
         self.spec = MaskedDiffusionSpec.from_config(unwrap(self.model).config, self._tokenizer)
         self.sampling = args.generation_config(self.eos_token_ids)
-        self._count_flops = ForwardFlops(self.model)
-        self._parameters = sum(map(_numel, self.model.parameters()))
+        self._count_flops = TrainingFlops(self.model)
+        self._parameters = backbone_parameters(self.model)
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
         self._warn_about_save_steps()
 
@@ -191,24 +186,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         outputs = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = self._rollout, None
 
-        # TRL zeroes the mask of truncated completions (mask_truncated_completions); everything else is ours.
-        kept = outputs["completion_mask"].any(dim=1, keepdim=True)
-        mask = rollout.counted & kept
-        # The prompts too: TRL's are of the wrong dtype if one is empty, and padded to a multiple if it is told so.
-        outputs |= {
-            "prompt_ids": rollout.prompt_ids,
-            "prompt_mask": rollout.prompt_mask.long(),
-            "completion_ids": rollout.completion_ids,
-            "completion_mask": mask.long(),
-            "num_items_in_batch": self.accelerator.gather(mask.sum()).sum(),
-            "unmask_step": rollout.unmask_step,
-            "counted": rollout.counted,
-            "rollout_logps": rollout.logps,
-            "view_seed": rollout.view_seed,
-        }
-        asked_for_old = outputs.pop("old_per_token_logps", None) is not None
-        outputs.pop("ref_per_token_logps", None)
-        outputs |= self._old_and_reference_logps(rollout, asked_for_old)
+        # TRL zeroes the mask of truncated completions (mask_truncated_completions).
+        outputs |= to_batch(rollout, kept=outputs["completion_mask"].any(dim=1, keepdim=True))
+        outputs["num_items_in_batch"] = self.accelerator.gather(outputs["completion_mask"].sum()).sum()
+        for name in ("old_per_token_logps", "ref_per_token_logps"):  # placeholders, where TRL asked for them
+            outputs.pop(name, None)
+        outputs |= self._old_and_reference_logps(rollout)
         if self.args.loss_type == "wd1":
             outputs["advantages"] = self._wd1_advantages(outputs["advantages"])
         self._record_generation(rollout)
@@ -286,41 +269,29 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     # ---------------------------------------------------------------------------------- old and reference log-probs
 
     @property
-    def _scores_old(self) -> bool:
-        """Whether the old policy's log-probs take forwards, where TRL asks for them."""
-        given = self.args.old_logps == "rollout" or self.args.ratio_denominator == "ref"
-        return not given and self.args.loss_type != "wd1"
-
-    @property
-    def _scores_reference(self) -> bool:
-        """Whether the reference's log-probs are needed; the KL over the vocabulary runs it beside the policy."""
-        return self.args.ratio_denominator == "ref" or (self.beta != 0 and not self._full_kl)
-
-    @property
     def _full_kl(self) -> bool:
         """Whether the KL over the whole vocabulary is added to TRL's loss."""
         return self.args.kl_estimator == "full" and self.beta != 0
 
     @property
-    def _distinct_iterations(self) -> int:
-        """Inner iterations that old and reference log-probs differ in, because something random is drawn in each."""
-        random = self.estimator.stochastic or self.args.p_mask_prompt > 0
-        return self.num_iterations if random and self.args.redraw_views and self.model.training else 1
+    def _num_draws(self) -> int:
+        """Inner iterations that old and reference log-probs differ in."""
+        return self.args.num_draws(self.estimator) if self.model.training else 1
 
     @torch.no_grad()
-    def _old_and_reference_logps(self, rollout: Rollout, asked_for_old: bool) -> dict[str, Tensor]:
-        """Log-probs of the generation batch for TRL's loss, (B, I, L): one for each distinct inner iteration.
+    def _old_and_reference_logps(self, rollout: Rollout) -> dict[str, Tensor]:
+        """Log-probs of the generation batch for TRL's loss, (B, K, L): one for each of K draws of the views.
 
         Everything around the calls is as TRL has it: no gradient, no checkpointing, the batch size of the mode.
         """
         found = {}
         kwargs = self.args.gradient_checkpointing_kwargs
         with disable_gradient_checkpointing(self.model, kwargs if isinstance(kwargs, dict) else None):
-            if asked_for_old and self._scores_old:
+            if self.args.scores_old:
                 found["old_per_token_logps"] = self._batch_logps(self.model, rollout)
-            elif asked_for_old and self.args.loss_type != "wd1":
+            elif self.args.needs_old:
                 found["old_per_token_logps"] = rollout.logps.masked_fill(~rollout.counted, 0)[:, None]
-            if self._scores_reference:
+            if self.args.scores_reference:
                 with as_reference(self) as model:
                     found["ref_per_token_logps"] = self._batch_logps(model, rollout)
                 if self.args.ratio_denominator == "ref":
@@ -328,14 +299,14 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return found
 
     def _batch_logps(self, model, rollout: Rollout) -> Tensor:
-        """Log-probs of the generation batch in each distinct inner iteration, (B, I, L); 0 where nobody counts."""
+        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where nobody counts."""
         args = self.args
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         views = self._num_views(rollout)
         return torch.stack(
             [
                 self._score_views(model, rollout, iteration, views, batch_size).logps
-                for iteration in range(self._distinct_iterations)
+                for iteration in range(self._num_draws)
             ],
             dim=1,
         )
@@ -372,13 +343,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 reference=reference_beside(self) if full_kl else None,
             )
         scores = replace(scores, logps=self.estimator.assemble(scores.logps, rollout.counted))
-        if not self.model.training:  # the run's cost is that of training
-            return scores
-        rows, width = view.input_ids.shape
-        passes = 1 + full_kl
-        if torch.is_grad_enabled():  # the backward pass, and what it recomputes
-            passes += (1 if self._frozen_backbone else 2) + bool(self.args.gradient_checkpointing)
-        self._flops["counted"] += passes * self._count_flops(rows, width, width, int(scores.scored.sum()))
+        if self.model.training:  # the run's cost is that of training
+            width, training = view.input_ids.shape[1], torch.is_grad_enabled()
+            for scored in scores.scored.split(batch_size or len(rollout)):  # one forward each
+                head_rows = int(scored.sum())
+                self.flops.counted += self._count_flops.view(len(scored), width, head_rows, training, full_kl)
         return scores
 
     def _score_views(self, model, rollout: Rollout, iteration: int, views: int, *args) -> TokenScores:
@@ -406,22 +375,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return self.estimator.disjoint and is_separable(self)
 
     def _compute_loss(self, model, inputs):
-        iteration = min(self._inner_iteration, self._distinct_iterations - 1)
+        iteration = min(self._inner_iteration, self._num_draws - 1)
         inputs = dict(inputs)
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if name in inputs:
                 inputs[name] = inputs[name][:, iteration]
-        rollout = Rollout(
-            prompt_ids=inputs["prompt_ids"],
-            prompt_mask=inputs["prompt_mask"],
-            completion_ids=inputs["completion_ids"],
-            unmask_step=inputs["unmask_step"],
-            logps=inputs["rollout_logps"],
-            counted=inputs["counted"],
-            view_seed=inputs["view_seed"],
-            mask_token_id=self.spec.mask_token_id,
-            temperature=self.temperature,
-        )
+        rollout = from_batch(inputs, self.spec.mask_token_id, self.temperature)
         if self.estimator.sub_samples(self.max_completion_length):
             scored = self.estimator.scored(rollout, rollout.view_seed, iteration)
             inputs["completion_mask"] = sub_sample_weights(inputs["completion_mask"], scored)
@@ -491,9 +450,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         metrics["sampling/steps"].append(self.accelerator.gather(rollout.num_steps.float().mean()).mean().item())
         if not self.model.training:
             return
-        self._flops["counted"] += rollout.flops
-        self._flops["paper"] += self._paper_flops(rollout)
-        totals = torch.tensor([[self._flops["counted"], self._flops["paper"]]], dtype=torch.float64)
+        self.flops.counted += rollout.flops
+        paper = self.args.paper_flops(len(rollout), self._parameters, self._frozen_backbone, self.estimator)
+        self.flops.paper += paper.total
+        totals = torch.tensor([[self.flops.counted, self.flops.paper]], dtype=torch.float64)
         totals = self.accelerator.gather(totals.to(self.accelerator.device)).sum(dim=0).tolist()
         metrics["flops"] = [totals[0]]
         metrics["flops_paper"] = [totals[1]]
@@ -519,17 +479,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         metrics = self._metrics["train"]
         metrics["sampling/mismatch_kl"].append(self.accelerator.gather(kl).mean().item())
         metrics["sampling/mismatch_max"].append(self.accelerator.gather(ratio.abs().max()).max().item())
-
-    def _paper_flops(self, rollout: Rollout) -> int:
-        """d2 App. C.2 for this process's completions: sampling, old and reference log-probs, every inner update."""
-        args = self.args
-        tokens = rollout.completion_ids.numel()
-        views = self.estimator.num_views(rollout)
-        asked_for_old = args.gradient_accumulation_steps % self._cycle != 0
-        scored = (asked_for_old * self._scores_old + self._scores_reference) * self._distinct_iterations * views * 2
-        beside = 2 * self._full_kl  # the full KL runs the reference in every update
-        update = self.num_iterations * views * ((4 if self._frozen_backbone else 6) + beside)
-        return tokens * self._parameters * (2 * int(rollout.num_steps.max()) + scored + update)
 
     # ---------------------------------------------------------------------------------------------------- model card
 

@@ -3,12 +3,12 @@ import threading
 import time
 
 import pytest
-from helpers_tasks import chat, long_texts, messy_text
+from helpers_tasks import long_texts, messy_text, reward_of
 from hypothesis import given, settings
 
 from trl_dllm.tasks import get_task, math500
-from trl_dllm.tasks.d1_format import d1_last_box, d1_math_format, d1_normal_form
-from trl_dllm.tasks.math500 import d1_equivalent, is_equivalent, parse_answer
+from trl_dllm.tasks.d1_math500 import d1_equivalent
+from trl_dllm.tasks.math500 import is_equivalent, parse_answer
 
 
 pytest.importorskip("math_verify", reason="math-verify is not installed (pip install trl-dllm[eval])")
@@ -17,9 +17,7 @@ TASK = get_task("math")
 
 
 def reward(name, text, answer="\\frac{1}{2}"):
-    plain = TASK.rewards[name](prompts=["x"], completions=[text], answer=[answer], trainer_state=None)[0]
-    assert plain == TASK.rewards[name](completions=[chat(text)], answer=[answer])[0]
-    return plain
+    return reward_of(TASK, name, text, answer=answer)
 
 
 # Equivalence
@@ -100,63 +98,11 @@ def test_default_parser(text, answer):
     assert parse_answer(text) == answer
 
 
-@pytest.mark.parametrize(
-    "text, box",
-    [
-        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed 5$ more", "5"),
-        ("\\boxed{5", None),
-        ("\\boxed{5} \\boxed{6", None),
-        ("\\fbox{5}", None),
-        ("5", None),
-        ("\\boxed{}", ""),
-    ],
-)
-def test_d1_last_box(text, box):
-    assert d1_last_box(text) == box
-
-
-@pytest.mark.parametrize(
-    "text, form",
-    [
-        ("\\dfrac12", "\\frac{1}{2}"),
-        ("0.5", "\\frac{1}{2}"),
-        ("3/4", "\\frac{3}{4}"),
-        ("x=.5", ".5"),  # the zero is only put at the start of the text and behind a space or a brace
-        (".5", "\\frac{1}{2}"),
-        ("\\sqrt2", "\\sqrt{2}"),
-        ("90^\\circ", "90"),
-        ("10\\text{ cm}", "10"),
-        ("\\left( 1, 2 \\right)", "(1,2)"),
-        ("50\\%", "50"),
-        ("\\$5", "5"),
-        ("\\frac", None),
-        ("a\\text{ b}\\text{ c}", None),
-    ],
-)
-def test_d1_normal_form(text, form):
-    assert d1_normal_form(text) == form
-
-
 # Rewards
 
 
-def test_d1_format_never_sees_a_box():
-    assert d1_math_format("<answer>\\boxed{1}</answer>") == d1_math_format("<answer>1</answer>") == 0.75
-    assert d1_math_format("\\boxed{1}") == d1_math_format("") == 0.25
-    assert d1_math_format("<answer>\x08oxed{1}</answer>") == 1.0  # what it looks for instead
-    assert reward("d1_boxed_and_answer_tags", "<answer>\\boxed{1}</answer>") == 0.75
-    # the default's fix
-    texts = ["<answer>\\boxed{1}</answer>", "<answer>1</answer>", "\\boxed{1}", "<answer>\\boxed{1}", "1"]
-    assert [reward("boxed", text) for text in texts] == [0.5, 0.375, 0.25, 0.25, 0.0]
-
-
-def test_correctness():
-    assert reward("d1_correctness", "<answer>\\boxed{\\frac12}</answer>") == 2.0
-    assert reward("d1_correctness", "\\frac{1}{2}") == 2.0  # no box: the whole text
-    assert reward("d1_correctness", "\\boxed{0.50}") == 0.0  # strings, not numbers
-    assert reward("d1_correctness", "\\boxed{5}", answer="so it is $\\boxed{5}$.") == 2.0
-    assert reward("correctness", "\\boxed{0.50}") == 2.0  # the default's fixes
+def test_correctness_mends_d1():
+    assert reward("correctness", "\\boxed{0.50}") == 2.0
     assert reward("correctness", "<answer>0.50</answer>") == 2.0
     assert reward("correctness", "\\frac{1}{2}") == 0.0
 
