@@ -1,17 +1,14 @@
 """Every block of code in the repository's pages runs as printed, in the order of its page.
 
 Python blocks of a page share a namespace. The commands of its shell blocks run in this process, in a folder that has
-nothing but the repository's recipes in it: `trl-dllm` with the arguments of `SHRUNK` behind those that are printed, 8B
-models as a dry run in one process, `make` with `-n`. `NOT_RUN` is what is left out. Configs are built as on a GPU,
-where bfloat16 is TRL's default.
+nothing but the repository's recipes in it: `trl-dllm` with the arguments of `SHRUNK` behind those that are printed,
+`make` with `-n`. `NOT_RUN` is what is left out. Configs are built as on a GPU, where bfloat16 is TRL's default.
 """
 
 import json
 import os
 import shlex
 import subprocess
-from contextlib import redirect_stdout
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -31,7 +28,6 @@ SHRUNK = {
     "grpo": "--max_steps 2 --num_train_examples 64 --per_device_train_batch_size 8 --disable_tqdm true",
     "eval": "--num_examples 8",
     "generate": "",
-    "recipe": "",
     "report": "--num_examples 4 --batch_size 4",
 }
 
@@ -54,20 +50,6 @@ def commands(content: str) -> list[list[str]]:
     """The commands of a shell block as lists of words, without comments."""
     lines = content.replace("\\\n", " ").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
-
-
-def run(words: list[str]) -> None:
-    """A `trl-dllm` command, with its output in the file that `>` names."""
-    words, target = (words[:-2], words[-1]) if ">" in words else (words, os.devnull)
-    command, argv = words[1], words[2:]
-    if command in cli.TRAINS:
-        script = import_module(f"trl_dllm.scripts.{command}")
-        flags = {flag for action in script.make_parser()._actions for flag in action.option_strings}
-        launch, argv = cli.split_launch_arguments(argv, flags)
-        cli.resolve_accelerate_config(launch)  # an unknown name is an error
-    big = any("llada_8b" in word for word in argv) and command in cli.TRAINS
-    with open(target, "w") as file, redirect_stdout(file):
-        cli.run(command, [*argv, *("--dry_run true" if big else SHRUNK[command]).split()])
 
 
 def of_language(language: str) -> list[Path]:
@@ -111,7 +93,7 @@ def test_python_blocks_run(page, folder, bfloat16):
 
 
 @pytest.mark.parametrize("page", of_language("bash"), ids=name)
-def test_shell_blocks_run(page, folder, bfloat16):
+def test_shell_blocks_run(page, folder):
     for language, content, _ in blocks(page.read_text()):
         for words in commands(content) if language == "bash" else []:
             if not_run(words):
@@ -121,7 +103,7 @@ def test_shell_blocks_run(page, folder, bfloat16):
                 subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=clean, check=True, capture_output=True)
             else:
                 assert words[0] == "trl-dllm" and words[1] in SHRUNK, f"{name(page)}: nothing here runs {words}"
-                run(words)
+                cli.main([*words[1:], *SHRUNK[words[1]].split()])
 
 
 def test_every_block_is_code_that_runs_or_no_code():
@@ -138,7 +120,7 @@ def test_what_is_not_run_is_printed_somewhere():
 
 def test_the_snippet_of_a_model_card_runs(tmp_path, capsys):
     model = tmp_path / "model"
-    cli.run("init-tiny", [str(model), "--hidden_size", "16", "--num_layers", "1"])
+    cli.main(["init-tiny", str(model), "--hidden_size", "16", "--num_layers", "1"])
     card = tmp_path / "README.md"
     card.write_text("# A model\n\n## Quick start\n\n```python\nraise AssertionError\n```\n")
     rewrite_quick_start(str(tmp_path), str(model), 8)
