@@ -101,6 +101,7 @@ class TableModel(nn.Module):
             vocab_size=vocab,
             hidden_size=vocab,
             num_hidden_layers=1,
+            num_attention_heads=1,
             model_type="table",
             _attn_implementation="eager",
         )

@@ -22,6 +22,7 @@ BASE = """# What both share.
 
 # Model arguments
 model_name_or_path: a/model
+attention: eager
 dtype: bfloat16  # half of float32
 
 # Trainer config
@@ -42,6 +43,7 @@ base: _base.yaml
 task: sudoku
 
 # Trainer config
+attention: sdpa
 block_length: 8
 learning_rate: 5.0e-6  # the paper's
 names:
@@ -56,6 +58,7 @@ RESOLVED = """# One line of a head.
 
 # Model arguments
 model_name_or_path: a/model
+attention: sdpa
 dtype: bfloat16  # half of float32
 
 # Trainer config
@@ -160,6 +163,7 @@ def test_a_recipes_values_replace_its_bases_as_a_whole(files):
     settings = load_recipe(files(recipe=RECIPE, _base=BASE))
     assert settings == {
         "model_name_or_path": "a/model",
+        "attention": "sdpa",
         "dtype": "bfloat16",
         "beta": 0.04,
         "learning_rate": 5e-6,

@@ -6,11 +6,10 @@ out (under 1 %). `paper_flops` is the estimate that d2 plots its results against
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -68,7 +67,7 @@ class ForwardFlops:
         self.per_pair: int = 4 * config.num_attention_heads * width * self.num_layers
         self._matrices, self._first = _read_matrices(bare, self.num_layers)
         # PEFT switches all layers together, so that one of them says which adapters run.
-        self._adapted = next((module for module in bare.modules() if isinstance(module, BaseTunerLayer)), None)
+        self._adapted = next((module for module in bare.modules() if isinstance(module, _adapted_layers())), None)
 
     def __call__(self, rows: int, queries: int, keys: int, head_rows: int, together: int = 1) -> int:
         """Operations of a forward.
@@ -169,7 +168,7 @@ def backbone_parameters(model: nn.Module) -> int:
     adapters = {
         id(parameter)
         for module in bare.modules()
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if isinstance(module, _peft_wrappers())
         for name in module.adapter_layer_names
         if isinstance(holder := getattr(module, name, None), nn.Module)
         for parameter in holder.parameters()
@@ -245,6 +244,18 @@ class FlopsCounter:
         self.counted, self.paper = state["counted"], state["paper"]
 
 
+def _adapted_layers() -> tuple[type, ...]:
+    """PEFT's layers with an adapter; none where PEFT was never imported, as importing this package does not."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return () if tuners is None else (tuners.BaseTunerLayer,)
+
+
+def _peft_wrappers() -> tuple[type, ...]:
+    """Those, and PEFT's wrappers of modules that it copies and trains."""
+    other = sys.modules.get("peft.utils.other")
+    return _adapted_layers() if other is None else (*_adapted_layers(), other.AuxiliaryTrainingWrapper)
+
+
 def _in_tiles(head_rows: int) -> int:
     """Rows that the head is applied to, for `head_rows` that are wanted: whole tiles, and at least one."""
     return max(1, -(-head_rows // TILE_ROWS)) * TILE_ROWS
@@ -276,7 +287,7 @@ def _read_matrices(model: PreTrainedModel, num_layers: int) -> tuple[list[_Matri
     matrices = []
     for name, module in model.named_modules():
         # A wrapper shows the shape of what it wraps, and a copy that PEFT trains has the shape of its original.
-        wrapper = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or "modules_to_save" in name
+        wrapper = isinstance(module, _peft_wrappers()) or "modules_to_save" in name
         if wrapper or not hasattr(module, "in_features") or not hasattr(module, "out_features"):
             continue
         # in_features, not numel(): 4-bit weights are packed and ZeRO-3 weights are partitioned.

@@ -6,7 +6,7 @@ trl-dllm recipe llada_8b/grpo/gsm8k_step_merge > mine.yaml
 
 import argparse
 
-from rich import print as rich_print
+from rich.console import Console
 from rich.table import Table
 
 from trl_dllm.recipe import find_recipe, render_recipe
@@ -31,6 +31,7 @@ def main(args: argparse.Namespace) -> None:
     if args.markdown:
         print(markdown(), end="")
     else:
+        console = Console(markup=False, highlight=False)
         for folder, rows in recipe_tables().items():
             table = Table(title=f"{folder}/…", title_justify="left")
             table.add_column("recipe", no_wrap=True)
@@ -38,8 +39,8 @@ def main(args: argparse.Namespace) -> None:
             table.add_column("estimator" if "estimator" in rows[0] else "objective")
             for row in rows:
                 table.add_row(row["recipe"], row["method"], row.get("estimator") or row["objective"])
-            rich_print(table)
-        rich_print("Print one with `trl-dllm recipe NAME`, such as llada_8b/grpo/gsm8k_step_merge.")
+            console.print(table)
+        console.print("Print one with `trl-dllm recipe NAME`, such as llada_8b/grpo/gsm8k_step_merge.")
 
 
 if __name__ == "__main__":
