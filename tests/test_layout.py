@@ -14,16 +14,11 @@ EXCEPTIONS = {
     "__init__.py": "names only: test_package.py",
     "*/__init__.py": "names only: the tests import them",
     "_version.py": "one number",
-    "cli.py": "test_scripts.py",
-    "recipe.py": "test_recipes.py",
-    "reports/recipes.py": "test_recipes.py",
-    "scripts/*": "test_scripts.py",
-    "tasks/*": "tests/tasks goes by benchmark",
-    "sandbox/*": "tests/tasks/test_execution.py",
+    "sandbox/__main__.py": "sandbox/test_run.py",
+    "sandbox/inside/*": "runs within the sandbox: sandbox/test_run.py, sandbox/test_attacks.py",
+    "scripts/demo.py": "runs for a minute: `make demo`",
+    "scripts/*": "test_cli.py runs each",
     "trainer/*": "tests/trainer goes by subject: test_grpo_*.py, test_sft*.py",
-    "generation/config.py": "test_generation.py and test_any_order.py, for now",
-    "models/flops.py": "test_generation.py and test_any_order.py, for now",
-    "reports/dry_run.py": "test_recipes.py, for now",
 }
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

@@ -20,6 +20,7 @@ from cases import (
 from oracles import left_pad, next_logits, slow_decode
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
+from trl_dllm.models import ForwardFlops, LLaDAConfig, LLaDAModelLM
 from trl_dllm.noise import hash64
 
 
@@ -199,3 +200,65 @@ def test_decoding_leaves_model_and_global_generator_alone(models):
     sample_any_order(model)
     assert torch.equal(before, torch.get_rng_state()) and model.config._attn_implementation == "sdpa"
     assert "forward" not in model.get_output_embeddings().__dict__
+
+
+# --------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def test_forwards_of_a_cached_rollout_are_counted_as_run(models):
+    """Prompt pass, then chunks: the tokens of the step before and the masks of the block, attending to the cache."""
+    model, count = models("llada"), ForwardFlops(models("llada"))
+    rollout, shapes = forwards_of(model, prompts=[PROMPTS[0]] * 4, tokens_per_step=2)
+    assert shapes == [(1, 3), (4, 6), (4, 2 + 4), (4, 2 + 2), (4, 2 + 6), (4, 2 + 4), (4, 2 + 2)]
+    keys = [3, 3 + 6, 3 + 6, 5 + 4, 7 + 8, 9 + 6, 11 + 4]
+    heads = [0, 6, 4, 2, 6, 4, 2]
+    assert rollout.flops == sum(
+        count(rows, width, k, 4 * head) for (rows, width), k, head in zip(shapes, keys, heads, strict=True)
+    )
+
+
+def test_the_cache_takes_ten_times_fewer_flops():
+    """P = 200, L = 256, block 32, 2 tokens a step. Counted on a model in which, as in LLaDA, layers outweigh the head.
+
+    (At a tiny width and a vocabulary of its size the head's tiles of 64 rows dominate, which the cache does not
+    change; here a token costs 26 times more in the layers than in the head, in LLaDA-8B 14 times.)
+    """
+    config = LLaDAConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        mask_token_id=3,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=None,
+    )
+    model = LLaDAModelLM(config).eval()
+    assert 25 < ForwardFlops(model).per_token / ForwardFlops(model).per_head_row < 27
+    prompt = torch.randint(4, 64, (1, 200), generator=torch.Generator().manual_seed(0))
+    flops = []
+    for cache in CACHES:
+        settings = DiffusionGenerationConfig(
+            max_new_tokens=256, block_length=32, tokens_per_step=2, decoding="any_order", cache=cache
+        )
+        rollout = generate(model, prompt, torch.ones_like(prompt), settings)
+        assert rollout.num_forwards == 128 + (cache == "exact")
+        flops.append(rollout.flops)
+    assert flops[0] / flops[1] > 10, flops
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_the_cache_takes_ten_times_fewer_flops_at_the_shapes_of_llada_8b(group):
+    """The same count from LLaDA-8B's shapes, without running it: weights on the meta device."""
+    with torch.device("meta"):
+        count = ForwardFlops(LLaDAModelLM(LLaDAConfig()))
+    assert 13e9 < count.per_token < 16e9 and 13 < count.per_token / count.per_head_row < 15
+    uncached = cached = 0
+    cached += count(1, 200, 200, 0)
+    for step in range(128):
+        masks, new = 32 - 2 * (step % 16), 2 * (step > 0)
+        uncached += count(group, 456, 456, group * masks)
+        cached += count(group, new + masks, 200 + 2 * max(0, step - 1) + new + masks, group * masks)
+    assert uncached / cached > 10, (group, uncached / cached)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from trl_dllm import DiffusionGRPOConfig
-from trl_dllm.generation import DiffusionGenerationConfig
+from trl_dllm.generation import DiffusionGenerationConfig, resolve_schedule
 from trl_dllm.scripts import eval as evaluation
 from trl_dllm.scripts import generate, grpo, report
 
@@ -213,6 +213,88 @@ def test_eos_tokens_are_whole_numbers(given):
 def test_a_config_may_be_changed():
     config = replace(DiffusionGenerationConfig(16, block_length=8), temperature=0.0)
     assert (config.block_length, config.diffusion_steps, config.temperature) == (8, 8, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"decoding": "any"}, r"decoding='any' is unknown.*any_order.*denoising"),
+        ({"cache": "exact"}, r"cache='exact' is not available for decoding='denoising'"),
+        ({"decoding": "any_order", "cache": "prefix"}, r"cache='prefix'.*decoding='any_order'.*exact"),
+        ({"decoding": "any_order", "cfg_scale": 0.5}, r"cfg_scale=0.5 needs decoding='denoising'"),
+    ],
+)
+def test_config_errors_of_decoding_and_cache(settings, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        DiffusionGenerationConfig(**settings)
+    if "cfg_scale" not in settings:
+        with pytest.raises(ValueError, match=match):
+            DiffusionGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"remasking": "confident"}, "remasking='confident'.*low_confidence"),
+        ({"decoding": "diagonal"}, "decoding='diagonal'"),
+        ({"cache": "sliding"}, "cache='sliding'"),
+        ({"cfg_scale": -1.0}, "cfg_scale=-1.0"),
+        ({"remasking": "left_to_right", "confidence_threshold": 0.5}, "confidence_threshold=0.5.*left_to_right"),
+        ({"max_new_tokens": 12, "block_length": 5}, "block_length=5 does not divide max_new_tokens=12.*4"),
+        ({"max_new_tokens": 12, "block_length": 0}, "block_length=0"),
+        ({"max_new_tokens": 12, "block_length": 24}, "block_length=24.*12"),
+        ({"max_new_tokens": 12, "block_length": 4, "diffusion_steps": 4}, "diffusion_steps=4.*multiple of 3"),
+        ({"max_new_tokens": 12, "block_length": 4, "diffusion_steps": 15}, "diffusion_steps=15.*between 3 and 12"),
+        ({"max_new_tokens": 12, "block_length": 4, "diffusion_steps": 0}, "diffusion_steps=0"),
+        ({"max_new_tokens": 12, "block_length": 4, "tokens_per_step": 3}, "tokens_per_step=3.*block_length=4"),
+        ({"tokens_per_step": 2, "diffusion_steps": 128}, "tokens_per_step=2 and diffusion_steps=128"),
+    ],
+)
+def test_config_errors_name_field_value_and_remedy(settings, match):
+    with pytest.raises(ValueError, match=match):
+        DiffusionGenerationConfig(**settings)
+
+
+def test_single_eos_becomes_a_tuple_and_names_of_the_caller_are_used():
+    assert DiffusionGenerationConfig(eos_token_ids=5).eos_token_ids == (5,)
+    with pytest.raises(ValueError, match="max_completion_length=10"):
+        resolve_schedule(10, 4, None, None, canvas_name="max_completion_length")
+
+
+# ------------------------------------------------------------------------------------------------------------ schedule
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (32, 128)),
+        ({"max_new_tokens": 30}, (30, 15)),
+        ({"max_new_tokens": 70}, (14, 35)),
+        ({"max_new_tokens": 37}, (1, 37)),
+        ({"max_new_tokens": 12, "block_length": 3}, (3, 4)),
+        ({"max_new_tokens": 64, "tokens_per_step": 4}, (32, 16)),
+        ({"max_new_tokens": 12, "block_length": 4, "diffusion_steps": 9}, (4, 9)),
+    ],
+)
+def test_defaults_of_the_schedule(given, expected):
+    """Blocks: the largest divisor up to 32; steps: half the canvas, the same number in each block."""
+    config = DiffusionGenerationConfig(**given)
+    assert (config.block_length, config.diffusion_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("block", "steps", "schedule"), [(6, 4, [2, 2, 1, 1]), (7, 3, [3, 2, 2]), (4, 4, [1, 1, 1, 1])]
+)
+def test_remainder_goes_to_the_first_steps(block, steps, schedule):
+    config = DiffusionGenerationConfig(max_new_tokens=2 * block, block_length=block, diffusion_steps=2 * steps)
+    assert config.schedule == schedule and config.steps_per_block == steps
+
+
+def test_a_threshold_needs_no_schedule_that_divides():
+    config = DiffusionGenerationConfig(max_new_tokens=12, block_length=4, diffusion_steps=7, confidence_threshold=0.9)
+    assert config.block_length == 4
 
 
 # ------------------------------------------------------------------------------------------------------- documentation

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import MASK, PROMPTS, REMASKING, SEEDS, SHIFT, THRESHOLDS, assert_same_rollout, common_eos, sample
+from cases import MASK, PROMPTS, REMASKING, SEEDS, SHIFT, THRESHOLDS, VOCAB, assert_same_rollout, common_eos, sample
 from oracles import chi_square_p, enumerate_trajectories, left_pad, random_table, slow_decode
 
 from trl_dllm.generation import DiffusionGenerationConfig, default_eos, generate
@@ -218,3 +218,51 @@ def test_a_given_spec_wins_over_the_config(models):
     assert_equals_oracle(
         model, "llada", rollout, mask=50, schedule=[3, 3], temperature=0.7, remasking="low_confidence"
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ counters
+
+
+def test_forwards_and_flops_are_counted(models):
+    """Two a multiply-add: linear layers, attention, head tiles of 64 rows; finished rows are not counted."""
+    model = models("llada")
+    hidden, layers, inner = 32, 2, 80
+    eos = common_eos(model)
+    settings = {
+        "max_new_tokens": 12,
+        "block_length": 4,
+        "diffusion_steps": 6,
+        "eos_token_ids": eos,
+        "stop_at_eos": True,
+    }
+    rollout = sample(model, **settings)
+    width = max(map(len, PROMPTS)) + 12
+
+    def forward(rows, head_rows):
+        linear = layers * 2 * (4 * hidden * hidden + 3 * hidden * inner)
+        head = -(-head_rows // 64) * 64 * 2 * hidden * VOCAB
+        return rows * width * linear + rows * width * width * layers * 4 * hidden + head
+
+    steps = rollout.num_steps.tolist()
+    assert len(set(steps)) > 1
+    alive = [sum(taken > step for taken in steps) for step in range(max(steps))]
+    assert rollout.num_forwards == len(alive)
+    assert rollout.flops == sum(forward(rows, rows * (4 if step % 2 == 0 else 2)) for step, rows in enumerate(alive))
+    parts = sample(model, batch_size=3, **settings)
+    assert parts.num_forwards == max(steps[:3]) + steps[3]
+    guided = sample(model, cfg_scale=0.5, **{**settings, "stop_at_eos": False})
+    assert guided.num_forwards == 6
+    assert guided.flops == 6 * forward(8, 2 * 64)  # a tile of 64 positions, and their unconditional twins
+
+
+def test_head_tiles_are_whole(models):
+    """70 scored rows cost two tiles of 64."""
+    model = models("llada")
+    ids, mask = left_pad([[5]] * 10)
+    config = DiffusionGenerationConfig(max_new_tokens=7, block_length=7, diffusion_steps=1)
+    one, two = (generate(model, ids[:n], mask[:n], config).flops for n in (9, 10))
+    assert one / 9 < two / 10 and two - one == one_row_flops() + 64 * 2 * 32 * VOCAB
+
+
+def one_row_flops(width: int = 8) -> int:
+    return width * 2 * 2 * (4 * 32 * 32 + 3 * 32 * 80) + width * width * 2 * 4 * 32

@@ -12,6 +12,7 @@ from cases import MASK, PROMPTS, SEEDS, VOCAB, assert_same_rollout, sample_any_o
 from oracles import left_pad, random_rollout, sharp_model, slow_any_order
 from peft import LoraConfig, get_peft_model
 
+from trl_dllm import DiffusionGRPOConfig
 from trl_dllm.generation import DiffusionGenerationConfig, generate
 from trl_dllm.likelihood import (
     AnyOrder,
@@ -128,6 +129,28 @@ def test_identity_3_scores_equal_the_cached_decoder_on_flex_attention(models, fr
 def test_exactness_is_declared_for_the_decoder_it_holds_for():
     assert AnyOrder.exact_for == ("any_order",) and TrajectoryPseudoLikelihood().exact_for == ("any_order",)
     assert ExactTrajectory.exact_for == ("denoising",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"estimator": "step_merge", "decoding": "any_order"}, "StepMerge is not exact for decoding='any_order'"),
+        ({"estimator": "any_order"}, "AnyOrder is not exact for decoding='denoising'"),
+        (
+            {"estimator": "any_order", "decoding": "any_order", "p_mask_prompt": 0.1},
+            "the sampler saw the whole prompt, and p_mask_prompt=0.1",
+        ),
+        (
+            {"estimator": "any_order", "decoding": "any_order", "temperature": 0.9, "score_temperature": 1.0},
+            "the sampler scored at temperature=0.9, not score_temperature=1.0",
+        ),
+    ],
+)
+def test_the_samplers_log_probs_are_refused_where_they_are_not_exact(settings, match, tmp_path):
+    common = {"use_cpu": True, "bf16": False, "max_completion_length": 8}
+    with pytest.raises(ValueError, match=f"old_logps='rollout'.*{match}.*old_logps='recompute'"):
+        DiffusionGRPOConfig(str(tmp_path), old_logps="rollout", **common, **settings)
+    assert DiffusionGRPOConfig(str(tmp_path), **common, **settings).old_logps == "recompute"
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
