@@ -1,9 +1,12 @@
 # make demo [SEED=0]   train a tiny model by SFT and GRPO, and measure it before and after
-# make test            the fast tests;  make test-slow: the rest;  make lint: style
+# make test            the fast tests;  make test-slow: the rest;  make lint: style and types
+# make coverage        the fast tests, and the lines of the core that they run
+# make test-trl-main   the trainers' tests on a checkout of TRL: make test-trl-main TRL=../trl
 # Each target sets up its own environment in .venv the first time.
 
 PYTHON ?= python3
 SEED ?= 0
+TRL ?= ../trl
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -11,7 +14,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format coverage test-trl-main clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m trl_dllm.scripts.demo --seed $(SEED) --output_dir runs/demo
@@ -25,6 +28,19 @@ test-slow: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+coverage: $(VENV)/dev
+	$(BIN)/coverage run -m pytest -m "not slow" tests
+	$(BIN)/coverage report --include "trl_dllm/likelihood/*,trl_dllm/generation/*,trl_dllm/models/*,trl_dllm/trainer/*"
+
+# TRL's private methods are overridden: the day it moves, this says so.
+test-trl-main: $(VENV)/dev
+	@test -f $(TRL)/pyproject.toml || (echo "TRL=$(TRL) is no checkout of TRL; clone it there or name another folder"; exit 2)
+	rm -rf $(VENV)/trl-main
+	$(BIN)/pip install --quiet --no-deps --target $(VENV)/trl-main $(TRL)
+	PYTHONPATH=$(VENV)/trl-main $(BIN)/python -c "import trl; print('trl', trl.__version__, trl.__file__)"
+	PYTHONPATH=$(VENV)/trl-main $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests/trainer
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

@@ -17,9 +17,6 @@ HERE = Path(__file__).resolve()
 # Papers are cited by section too ("PADRE §4.4"); no other name in capitals is followed by a section sign.
 PAPERS = {"PADRE"}
 
-# Paths of CONTRIBUTING.md's tree that another branch brings.
-COMING = {"trl_dllm/sandbox", "trl_dllm/trainer/loss.py"}
-
 
 def tracked() -> list[Path]:
     """Text files that git keeps, or would keep."""
@@ -115,7 +112,7 @@ def tree_of_contributing() -> list[str]:
 
 def test_every_path_in_the_tree_of_contributing_exists():
     paths = tree_of_contributing()
-    missing = [path for path in paths if not (ROOT / path).exists() and path not in COMING]
+    missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing, f"CONTRIBUTING.md names {missing}"
     packages = {str(path.parent.relative_to(ROOT)) for path in tracked() if path.name == "__init__.py"}
     unnamed = {package for package in packages if package.startswith("trl_dllm") and package not in paths}

@@ -36,7 +36,7 @@ def test_a_row_says_what_the_recipe_sets():
     assert row["inner iterations"] == "2"
     row = ROWS["llada_8b/grpo/gsm8k_espo"]
     assert row["loss"] == "grpo, scale_rewards none, epsilon 0.2, ratio of a sequence"
-    assert row["KL"] == "beta 0.001, full"
+    assert row["KL"] == "beta 0.001, k3"
     assert ROWS["llada_8b/grpo/gsm8k_wd1"]["loss"] == "wd1, scale_rewards none"
     assert ROWS["tiny_llada/sft/sudoku_any_order"]["trained"] == "all"
 

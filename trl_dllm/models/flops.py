@@ -8,7 +8,7 @@ out (under 1 %). `paper_flops` is the estimate that d2 plots its results against
 import re
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -44,17 +44,16 @@ _EMBEDDINGS: Position = (-1, 0, 0)
 class _Matrix(NamedTuple):
     """A weight that each token is multiplied with."""
 
+    name: str
     cost: int  # operations of one product with one token
-    position: Position
     adapter: str | None  # the LoRA adapter that it belongs to
-    trained: bool
     in_head: bool
 
 
 class ForwardFlops:
     """Operations of forwards of `model`, wrapped or not; under PEFT of the adapters that are active at the call.
 
-    Linear layers (LoRA's two matrices too) cost 2·in·out a token, attention 4·heads·width a (query, key) pair and
+    Linear layers (LoRA's two matrices too) cost 2·in·out a token, attention 4·heads·head_dim a (query, key) pair and
     layer whatever its mask, and the head 2·hidden·V for each row that it is applied to, in whole tiles. Of adapters,
     LoRA's are counted.
     """
@@ -63,11 +62,12 @@ class ForwardFlops:
         bare = cast(PreTrainedModel, unwrap(model))
         config = bare.config.get_text_config()
         self.num_layers: int = config.num_hidden_layers
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.per_pair: int = 4 * config.num_attention_heads * width * self.num_layers
-        self._matrices, self._first = _read_matrices(bare, self.num_layers)
+        head_dim = getattr(config, "head_dim", None)
+        width: int = config.num_attention_heads * head_dim if head_dim else config.hidden_size  # of all heads together
+        self.per_pair = 4 * width * self.num_layers
+        self._matrices = _matrices(bare)
         # PEFT switches all layers together, so that one of them says which adapters run.
-        self._adapted = next((module for module in bare.modules() if isinstance(module, _adapted_layers())), None)
+        self._adapted: Any = next((module for module in bare.modules() if isinstance(module, _adapted_layers())), None)
 
     def __call__(self, rows: int, queries: int, keys: int, head_rows: int, together: int = 1) -> int:
         """Operations of a forward.
@@ -116,8 +116,28 @@ class TrainingFlops(ForwardFlops):
         self._layers = [m for m in self._model.modules() if isinstance(m, GradientCheckpointingLayer)]
         fused = self._model.config.get_text_config()._attn_implementation != "eager"
         self._attention_backward = 2.5 if fused else 2.0
-        adapters = {m.adapter for m in self._matrices}
-        self._reference_adapters = ("ref",) if "ref" in adapters else ()
+        self._reference_adapters = ("ref",) if any(m.adapter == "ref" for m in self._matrices) else ()
+        self._embeddings = _name_of(self._model, self._model.get_input_embeddings())
+        self._head = _name_of(self._model, self._model.get_output_embeddings())
+        trained = {
+            _WRAPPERS.sub("", name)
+            for name, parameter in self._model.named_parameters(remove_duplicate=False)
+            if parameter.requires_grad
+        }
+        self._trained = {m for m in self._matrices if _WRAPPERS.sub("", f"{m.name}.weight") in trained}
+        self._positions = {m: self._position(m.name) for m in self._matrices}
+        self._first = min(map(self._position, trained), default=None)
+
+    def _position(self, name: str) -> Position:
+        """Where a module or parameter stands among the model's parts."""
+        parts = name.split(".")
+        behind = int("lora_B" in parts)
+        if _inside(name, self._embeddings):
+            return _EMBEDDINGS
+        if _inside(name, self._head):
+            return self.num_layers, 1, behind
+        layer = next((int(part) for part in parts if part.isdigit()), self.num_layers)
+        return layer, next((_STAGES[part] for part in parts if part in _STAGES), 0), behind
 
     def view(self, rows: int, width: int, head_rows: int, training: bool, reference: bool = False) -> int:
         """Operations of running a view of `rows` rows of `width` tokens (P + L, P + 2L), the head at `head_rows` rows.
@@ -134,14 +154,15 @@ class TrainingFlops(ForwardFlops):
         return total + (self._backward(tokens, width, tile_rows) if training else 0)
 
     def _backward(self, tokens: int, width: int, tile_rows: int) -> int:
-        # The first position whose output has a gradient. Checkpointing asks for that of the embeddings.
+        # The first position whose output has a gradient. Transformers gives the embeddings' one by a hook, which comes
+        # with checkpointing.
         first = _EMBEDDINGS if getattr(self._model, "_require_grads_hook", None) is not None else self._first
         if first is None:
             return 0
         per_token = per_head_row = 0
         running = [m for m in self._matrices if m.adapter in (None, *self._active_adapters())]
         for matrix in running:
-            gradients = (first < matrix.position) + matrix.trained
+            gradients = (first < self._positions[matrix]) + (matrix in self._trained)
             if matrix.in_head:
                 per_head_row += matrix.cost * (1 + gradients)
             else:
@@ -149,12 +170,12 @@ class TrainingFlops(ForwardFlops):
         attention = sum(self._attention_backward for n in range(self.num_layers) if first < (n, _ATTENTION, 0))
         for number, layer in enumerate(self._layers):
             if layer.gradient_checkpointing and layer.training and first < (number + 1, 0, 0):
-                inside = [m for m in running if m.position[0] == number]
+                inside = [m for m in running if self._positions[m][0] == number]
                 per_token += sum(m.cost for m in inside)
                 attention += 1
                 reentrant = getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
                 if inside and not reentrant:
-                    per_token -= max(inside, key=lambda m: m.position).cost
+                    per_token -= max(inside, key=self._positions.__getitem__).cost
         per_pair = int(attention * self.per_pair / self.num_layers)
         return tokens * (per_token + width * per_pair) + tile_rows * per_head_row
 
@@ -169,7 +190,7 @@ def backbone_parameters(model: nn.Module) -> int:
         id(parameter)
         for module in bare.modules()
         if isinstance(module, _peft_wrappers())
-        for name in module.adapter_layer_names
+        for name in cast(Any, module).adapter_layer_names
         if isinstance(holder := getattr(module, name, None), nn.Module)
         for parameter in holder.parameters()
     }
@@ -261,30 +282,9 @@ def _in_tiles(head_rows: int) -> int:
     return max(1, -(-head_rows // TILE_ROWS)) * TILE_ROWS
 
 
-def _read_matrices(model: PreTrainedModel, num_layers: int) -> tuple[list[_Matrix], Position | None]:
-    """A model's matrices, and the position of the first trained parameter (None if nothing is trained)."""
-    names = {id(module): name for name, module in model.named_modules()}
-    head, embeddings = names[id(model.get_output_embeddings())], names[id(model.get_input_embeddings())]
-
-    def inside(name: str, module: str) -> bool:
-        return f"{name}.".startswith(f"{module}.")
-
-    def position(name: str) -> Position:
-        parts = name.split(".")
-        behind = int("lora_B" in parts)
-        if inside(name, embeddings):
-            return _EMBEDDINGS
-        if inside(name, head):
-            return num_layers, 1, behind
-        layer = next((int(part) for part in parts if part.isdigit()), num_layers)
-        return layer, next((_STAGES[part] for part in parts if part in _STAGES), 0), behind
-
-    trained = {
-        _WRAPPERS.sub("", name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.requires_grad
-    }
-    matrices = []
+def _matrices(model: PreTrainedModel) -> list[_Matrix]:
+    head = _name_of(model, model.get_output_embeddings())
+    found = []
     for name, module in model.named_modules():
         # A wrapper shows the shape of what it wraps, and a copy that PEFT trains has the shape of its original.
         wrapper = isinstance(module, _peft_wrappers()) or "modules_to_save" in name
@@ -294,9 +294,16 @@ def _read_matrices(model: PreTrainedModel, num_layers: int) -> tuple[list[_Matri
         cost = 2 * cast(int, module.in_features) * cast(int, module.out_features)
         parts = name.split(".")
         adapter = parts[-1] if parts[-2:-1] in (["lora_A"], ["lora_B"]) else None
-        weight = _WRAPPERS.sub("", f"{name}.weight")
-        matrices.append(_Matrix(cost, position(name), adapter, weight in trained, inside(name, head)))
-    return matrices, min(map(position, trained), default=None)
+        found.append(_Matrix(name, cost, adapter, _inside(name, head)))
+    return found
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, other in model.named_modules() if other is module)
+
+
+def _inside(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
 
 
 def _numel(parameter: nn.Parameter) -> int:
