@@ -136,3 +136,5 @@ def test_random_ranks_do_not_depend_on_columns_or_batch():
     assert torch.equal(random_ranks(keep[order], seeds[order], 2, Purpose.VIEW, 1), ranks[order])
     assert torch.equal(random_ranks(keep[3:5], seeds[3:5], 2, Purpose.VIEW, 1), ranks[3:5])
     assert not torch.equal(random_ranks(keep, seeds, 3, Purpose.VIEW, 1)[keep], ranks[keep])
+    for same in (torch.tensor(7), torch.full((12,), 7)):
+        assert torch.equal(random_ranks(keep, seeds, same), random_ranks(keep, seeds, 7)), "a number, or one a row"

@@ -69,7 +69,7 @@ class Rollout:
             ValueError: prompts that are not left-padded, a step that contradicts its token, or a counted position that
                 was never revealed.
         """
-        if self.prompt_mask.shape[1] and (self.prompt_mask[:, :-1] & ~self.prompt_mask[:, 1:]).any():
+        if (self.prompt_mask[:, :-1] & ~self.prompt_mask[:, 1:]).any():
             raise ValueError("Rollout.prompt_mask has padding to the right of a token; prompts must be left-padded.")
         revealed = self.unmask_step >= 0
         if (revealed & (self.completion_ids == self.mask_token_id)).any():

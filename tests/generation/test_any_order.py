@@ -17,7 +17,7 @@ from cases import (
     forwards_of,
     sample_any_order,
 )
-from oracles import left_pad, next_logits, slow_decode
+from oracles import left_pad, next_logits, sharp_model, slow_decode
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
 from trl_dllm.models import ForwardFlops, LLaDAConfig, LLaDAModelLM
@@ -193,6 +193,26 @@ def test_a_process_without_rows_left_still_runs_forwards(models):
         assert asked == [True] * 6 + [False] * 4
         assert rollout.num_forwards == 9 + (cache == "exact")
         assert_same_rollout(generate(model, ids, mask, config, seeds=SEEDS), rollout)
+
+
+def test_the_cache_takes_sdpa_where_the_model_has_flex_attention(models):
+    """FlexAttention would be compiled for every chunk; behind the call, and behind an error, it is as it was."""
+    model, seen = sharp_model("llada", dtype=torch.float32), []
+    model.config._attn_implementation = "flex_attention"
+
+    def look(module, args):
+        seen.append(module.config._attn_implementation)
+        if len(seen) == 20:
+            raise RuntimeError("in the middle")
+
+    model.register_forward_pre_hook(look)
+    rollout = sample_any_order(model)
+    assert set(seen) == {"sdpa"} and model.config._attn_implementation == "flex_attention"
+    assert_same_rollout(rollout, sample_any_order(models("llada", torch.float32)))
+    with pytest.raises(RuntimeError, match="in the middle"):
+        while True:
+            sample_any_order(model)
+    assert model.config._attn_implementation == "flex_attention"
 
 
 def test_decoding_leaves_model_and_global_generator_alone(models):

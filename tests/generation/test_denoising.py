@@ -141,6 +141,9 @@ def test_counted_ends_with_the_first_eos(models, family):
 def test_eos_of_the_model_is_the_default(models):
     model = models("llada")
     assert default_eos(model) == (1,)
+    other, _ = create_tiny_model(hidden_size=16, num_layers=1)
+    other.generation_config.eos_token_id = [5, 6]
+    assert default_eos(other) == (5, 6), "its generation config comes first"
     table = random_table(2, 3, 0)
     assert default_eos(table) == ()
     table.config.eos_token_id = [0, 1]

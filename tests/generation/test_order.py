@@ -94,6 +94,14 @@ def test_reveal_breaks_ties_to_the_smaller_position():
     ]  # fmt: skip
 
 
+def test_reveal_takes_candidates_alone():
+    """Where there are fewer than asked for, too; what is no candidate has no measure that counts."""
+    measures = torch.tensor([[0.9, 0.1, 0.8], [0.5, 0.7, 0.6]])
+    candidates = torch.tensor([[False, True, False], [False, False, False]])
+    for threshold in (None, 0.3):
+        assert torch.equal(reveal(measures, candidates, torch.tensor([2, 1]), threshold), candidates)
+
+
 def test_reveal_with_a_threshold_keeps_strictly_more_and_at_least_one():
     measures = torch.tensor([[0.5, 0.9, 0.6, 0.2], [0.1, 0.3, 0.3, 0.9]])
     candidates = torch.tensor([[True] * 4, [True, True, True, False]])

@@ -77,9 +77,11 @@ def test_elbo_draws_are_uniform_in_size_and_then_among_sets():
                 expected = math.comb(4, number)
                 assert len(count) == expected
                 assert chi_square_p(count, [count.sum().item() / expected] * expected) > 1e-3
-    a, b = (codes(hits(Elbo(2), rollout, n)) for n in (0, 1))
     equal = sum(1 / math.comb(4, number) for number in range(1, 5)) / 16
-    assert abs((a == b).double().mean().item() - equal) < 0.015, "draws of a row are independent"
+    sets = [hits(Elbo(2), rollout, n, iteration) for n, iteration in ((0, 0), (1, 0), (0, 1))]
+    for a, b in itertools.combinations(sets, 2):  # two draws of a row, and a draw of two iterations
+        assert abs((codes(a) == codes(b)).double().mean().item() - equal) < 0.015, "draws are independent"
+        assert abs((a.sum(dim=1) == b.sum(dim=1)).double().mean().item() - 1 / 4) < 0.02, "and so are their sizes"
 
 
 def enumerated_rollout(monkeypatch, model, tokens):

@@ -13,6 +13,7 @@ import trl_dllm.likelihood.elbo
 import trl_dllm.likelihood.view
 import trl_dllm.noise
 from trl_dllm.likelihood import (
+    AnyOrder,
     BlockPseudoLikelihood,
     CoupledElbo,
     Elbo,
@@ -66,6 +67,36 @@ def test_rows_without_counted_positions_score_nothing(models):
         assert scores.logps.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_batch_that_counts_nothing_has_a_view_all_the_same(models, name):
+    """Other processes may count something, and all run as many views."""
+    rollout = rollout_for_tests()
+    rollout = replace(rollout, counted=torch.zeros_like(rollout.counted))
+    assert ALL[name].num_views(rollout) >= 1
+    with torch.no_grad():
+        scores = token_logps(models("llada"), rollout, ALL[name])
+    assert scores.logps.eq(0).all() and not scores.scored.any()
+
+
+@pytest.mark.parametrize(
+    "estimator, disjoint",
+    [
+        (StepMerge(3), True),
+        (AnyOrder(), True),
+        (PseudoLikelihood(3), True),
+        (BlockPseudoLikelihood(2, 3), True),
+        (Elbo(1), False),
+        (CoupledElbo(2), True),
+        (CoupledElbo(4), False),
+    ],
+)
+def test_disjoint_estimators_make_no_number_of_two_views(estimator, disjoint):
+    """Neither a position's own, nor, where numbers are those of the row, its sum."""
+    rollout = rollout_for_tests()
+    count = sum(hits(estimator, rollout, n).long() for n in range(estimator.num_views(rollout)))
+    assert estimator.disjoint == disjoint == (estimator.per_token and int(count.max()) == 1)
+
+
 def test_draws_change_with_the_iteration_and_the_row_only():
     rollout = rollout_for_tests(seed=8)
     for estimator in (PseudoLikelihood(2), BlockPseudoLikelihood(3), Elbo(2), CoupledElbo(2)):
@@ -88,6 +119,7 @@ def test_costs_one_forward_a_view(models):
                 (PseudoLikelihood(1), 1, 7 + CANVAS),
                 (PseudoLikelihood(6), 6, 7 + CANVAS),
                 (PseudoLikelihood(), 9, 7 + CANVAS),
+                (PseudoLikelihood(40), 9, 7 + CANVAS),
                 (BlockPseudoLikelihood(4), 1, 7 + CANVAS),
                 (TrajectoryPseudoLikelihood(), 1, 7 + 2 * CANVAS),
                 (Elbo(4), 4, 7 + CANVAS),

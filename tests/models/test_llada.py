@@ -8,6 +8,7 @@ import torch
 from cases import IDS, saved_tensors
 from oracles import sharp_model
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from trl_dllm.models import LLaDAConfig, LLaDAModelLM
@@ -116,6 +117,21 @@ def test_llada_tied_embeddings_save_no_head(tmp_path):
         assert torch.equal(model(input_ids=IDS).logits, again(input_ids=IDS).logits)
 
 
+def test_llada_takes_the_hub_keys_as_a_state_dict(tmp_path):
+    """As Trainer resumes: inside another module too, whose own keys stay as they are."""
+    model, other = sharp_model("llada", dtype=torch.float32), sharp_model("llada", seed=3, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    hub = saved_tensors(tmp_path)
+    other.load_state_dict(hub)
+    assert all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
+    other = sharp_model("llada", seed=3, dtype=torch.float32)
+    outer = nn.ModuleDict({"policy": other, "value": nn.ModuleDict({"ff_out": nn.Linear(2, 1)})})
+    value = {f"value.{key}": tensor + 1 for key, tensor in outer["value"].state_dict().items()}
+    outer.load_state_dict({f"policy.{key}": tensor for key, tensor in hub.items()} | value)
+    assert all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
+    assert all(torch.equal(tensor, outer.state_dict()[key]) for key, tensor in value.items())
+
+
 @pytest.mark.parametrize("trust_remote_code", [None, False, True])
 def test_auto_classes_take_the_native_llada(tmp_path, trust_remote_code):
     """Even where the folder's auto_map names remote code, as the Hub's does."""
@@ -155,7 +171,7 @@ def assert_native_values(config):
     }
     assert {name: getattr(config, name) for name in native} == native
     assert config.rope_parameters["rope_theta"] == 12345.0
-    assert not getattr(config, "auto_map", None)
+    assert config.auto_map == {}, "TRL reads it"
 
 
 def test_llada_reads_a_config_with_original_names_only(tmp_path):
@@ -185,6 +201,29 @@ def test_llada_writes_both_name_sets_and_no_auto_map(tmp_path):
 def test_llada_grouped_and_default_heads(tmp_path):
     assert AutoConfig.from_pretrained(original_folder(tmp_path, n_kv_heads=1)).num_key_value_heads == 1
     assert AutoConfig.from_pretrained(original_folder(tmp_path, n_kv_heads=None)).num_key_value_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("activation_type", "gelu"),
+        ("alibi", True),
+        ("attention_layer_norm", True),
+        ("block_type", "sequential"),
+        ("include_bias", True),
+        ("include_qkv_bias", True),
+        ("input_emb_norm", True),
+        ("layer_norm_type", "default"),
+        ("rope", False),
+        ("scale_logits", True),
+    ],
+)
+def test_llada_of_another_structure_is_refused(tmp_path, name, value):
+    """It would load, as all keys are there, and compute something else."""
+    with pytest.raises(ValueError, match=rf"{name}={value!r} in a LLaDA config: this implementation has "):
+        AutoConfig.from_pretrained(original_folder(tmp_path, **{name: value}))
+    other = AutoConfig.from_pretrained(original_folder(tmp_path, init_fn="normal", precision="fp32"))
+    assert_native_values(other)
 
 
 def test_llada_defaults_are_the_released_models():

@@ -72,6 +72,13 @@ def test_diffusion_gemma_is_refused():
         MaskedDiffusionSpec.from_config(DiffusionGemmaConfig())
 
 
+@pytest.mark.parametrize("name", ["logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"])
+def test_every_scale_behind_the_head_is_refused(name):
+    config = LlamaConfig(is_causal=False, mask_token_id=4, **{name: 0.5})
+    with pytest.raises(ValueError, match=f"{name}=0.5 is not supported"):
+        MaskedDiffusionSpec.from_config(config)
+
+
 def test_a_scale_of_one_is_no_transformation():
     assert MaskedDiffusionSpec.from_config(
         LlamaConfig(is_causal=False, mask_token_id=4, logit_scale=1.0, final_logit_softcapping=None)

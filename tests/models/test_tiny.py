@@ -29,6 +29,22 @@ def test_tiny_tokenizer_round_trip(tmp_path):
     )
 
 
+def test_tiny_models_take_fields_of_their_config(family):
+    model, tokenizer = create_tiny_model(family, 16, 1, tie_word_embeddings=True, vocab_size=1009)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and len(model.lm_head.weight) == 1009
+    assert model.config.eos_token_id == tokenizer.eos_token_id and model.dtype == torch.float32
+    default, _ = create_tiny_model(family)
+    assert 150_000 < default.num_parameters() < 250_000
+
+
+def test_tiny_chats_are_one_line_a_message():
+    _, tokenizer = create_tiny_model(hidden_size=16, num_layers=1)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == "s:Be brief.\nu:1+1\na:"
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "s:Be brief.\nu:1+1\n"
+
+
 def test_tiny_model_errors():
     with pytest.raises(ValueError, match=r"family='gpt'.*dream.*llada"):
         create_tiny_model("gpt")

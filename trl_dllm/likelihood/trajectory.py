@@ -49,8 +49,7 @@ class StepMerge(Estimator):
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
         steps, segments = rollout.num_steps, self.num_segments
-        if n >= segments:  # asked for by a process that needs more views than this one
-            return segment_view(rollout, start=steps, end=steps)
+        # Beyond the last view the segment begins behind the last step, and scores nothing.
         return segment_view(rollout, start=n * steps // segments, end=(n + 1) * steps // segments)
 
 
