@@ -92,7 +92,6 @@ class TableModel(nn.Module):
         _, self.canvas, vocab = table.shape
         assert len(table) == vocab**self.canvas
         self.table = nn.Parameter(table.clone())
-        self.embed = nn.Identity()  # a state is looked up whole
         self.lm_head = nn.Linear(vocab, vocab, bias=False, dtype=table.dtype)
         self.lm_head.weight = nn.Parameter(torch.eye(vocab, dtype=table.dtype), requires_grad=False)
         self.config = SimpleNamespace(
@@ -121,9 +120,6 @@ class TableModel(nn.Module):
         hidden = self.table[state]  # (B, L, V)
         prompt = hidden.new_zeros(len(hidden), input_ids.shape[1] - canvas, vocab)
         return SimpleNamespace(logits=self.lm_head(torch.cat([prompt, hidden], dim=1)))
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
 
     def conditional(self, canvas: tuple[int, ...], position: int, temperature: float = 1.0) -> torch.Tensor:
         """Log-probs (V,) of a position's value given a canvas, -inf for the mask; read straight from the table."""

@@ -18,7 +18,6 @@ EXCEPTIONS = {
     "sandbox/inside/*": "runs within the sandbox: sandbox/test_run.py, sandbox/test_attacks.py",
     "scripts/demo.py": "runs for a minute: `make demo`",
     "scripts/*": "test_cli.py runs each",
-    "trainer/*": "tests/trainer goes by subject: test_grpo_*.py, test_sft*.py",
 }
 
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))

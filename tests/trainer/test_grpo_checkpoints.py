@@ -127,16 +127,6 @@ def test_a_path_an_instance_and_a_model_made_in_memory_train_alike(tmp_path):
     assert runs["path"][1][0] == 0 < runs["path"][1][1]
 
 
-def test_a_reference_that_follows_the_policy_is_trls(tmp_path):
-    trainer = build(
-        tmp_path, beta=0.04, sync_ref_model=True, ref_model_sync_steps=1, ref_model_mixup_alpha=1.0, max_steps=3
-    )
-    trainer.train()
-    policy, reference = trainer.model.state_dict(), trainer.ref_model.state_dict()
-    assert all(torch.allclose(policy[name], reference[name]) for name in policy)
-    assert max(losses(trainer, "kl")) < 1e-6
-
-
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("num_segments", [1, 3])
 def test_a_4_bit_model_trains_its_adapter(tmp_path, monkeypatch, num_segments):

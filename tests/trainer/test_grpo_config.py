@@ -6,17 +6,12 @@ import sys
 from dataclasses import fields
 
 import pytest
-import transformers
 from helpers_grpo import build, config, losses, moved, reward, text_prompts, tiny, weights
-from peft import PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, LlamaConfig, PreTrainedModel
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_dllm.likelihood import ESTIMATORS, ExactTrajectory, MeanField, StepMerge
 from trl_dllm.scripts import grpo
-from trl_dllm.trainer.grpo_trainer import _OVERRIDDEN as OVERRIDDEN
-from trl_dllm.trainer.stock import check_trl
 
 
 # field and value(s) -> (the value as the message must show it, a word of the remedy)
@@ -96,151 +91,6 @@ def test_a_setting_that_does_not_apply_is_refused_by_field_value_and_remedy(tmp_
     assert remedy in message, message
 
 
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Loading any weight fails the test."""
-
-    def loaded(*args, **kwargs):
-        raise AssertionError("weights were loaded before the error")
-
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", loaded)
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    """`checkpoint(config, mask=True)`: a folder with a config and a tokenizer, and no weights at all."""
-
-    def write(model_config=None, mask=True) -> str:
-        model, tokenizer = tiny()
-        if not mask:
-            tokenizer.mask_token = None
-        folder = tmp_path / "checkpoint"
-        model_config = model_config or model.config
-        model_config.architectures = model_config.architectures or ["LLaDAModelLM"]
-        model_config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return str(folder)
-
-    return write
-
-
-def make(tmp_path, model, tokenizer=None, args=None, **kwargs):
-    args = args or config(tmp_path / "run")
-    return DiffusionGRPOTrainer(model, reward, args, text_prompts(), processing_class=tokenizer, **kwargs)
-
-
-def llama(**kwargs):
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
-    return LlamaConfig(vocab_size=101, num_key_value_heads=1, architectures=["LlamaForCausalLM"], **size, **kwargs)
-
-
-def test_the_fixture_notices_loaded_weights(tmp_path, checkpoint, no_weights):
-    with pytest.raises(AssertionError, match="weights were loaded"):
-        make(tmp_path, checkpoint())
-
-
-@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
-def test_samplers_that_join_generations_are_refused_before_weights_load(tmp_path, checkpoint, no_weights, name):
-    def tool():
-        """A tool."""
-
-    value = [tool] if name == "tools" else tool
-    with pytest.raises(ValueError, match=rf"{name}=.*tool.*Remove it"):
-        make(tmp_path, checkpoint(), **{name: value})
-
-
-@pytest.mark.parametrize("as_instance", [False, True])
-def test_an_autoregressive_model_is_refused_before_weights_load(tmp_path, checkpoint, no_weights, as_instance):
-    model = checkpoint(llama())
-    if as_instance:
-        model = transformers.LlamaForCausalLM(llama())
-    with pytest.raises(ValueError, match=r"(?s)'llama'.*is_causal.*autoregressive.*set config.is_causal = False"):
-        make(tmp_path, model, tiny()[1])
-
-
-def test_a_model_without_a_mask_token_is_refused_before_weights_load(tmp_path, checkpoint, no_weights):
-    with pytest.raises(ValueError, match=r"mask_token_id is missing.*'llama'.*Set config.mask_token_id"):
-        make(tmp_path, checkpoint(llama(is_causal=False), mask=False))
-
-
-@pytest.mark.parametrize("given", [False, True], ids=["checkpoint's tokenizer", "tokenizer given"])
-def test_a_tokenizer_with_another_mask_token_is_refused_before_weights_load(tmp_path, checkpoint, no_weights, given):
-    folder = checkpoint(llama(is_causal=False, mask_token_id=7))
-    with pytest.raises(
-        ValueError, match=r"mask_token_id=7.*tokenizer's mask token has id 3.*Use the checkpoint's own"
-    ):
-        make(tmp_path, folder, tiny()[1] if given else None)
-
-
-def test_a_mask_token_that_only_the_checkpoints_tokenizer_names_is_enough(tmp_path):
-    folder = str(tmp_path / "stock")
-    transformers.LlamaForCausalLM(llama(is_causal=False)).save_pretrained(folder)
-    tokenizer = tiny()[1]
-    tokenizer.save_pretrained(folder)
-    trainer = make(tmp_path, folder)
-    assert trainer.spec.mask_token_id == tokenizer.mask_token_id
-    before = weights(trainer)
-    trainer.train()
-    assert moved(before, trainer)
-
-
-def test_a_uniform_noise_diffusion_model_is_refused_before_weights_load(tmp_path, checkpoint, no_weights):
-    folder = checkpoint(AutoConfig.for_model("diffusion_gemma"))
-    with pytest.raises(NotImplementedError, match=r"'diffusion_gemma'.*no mask token.*Use a masked diffusion model"):
-        make(tmp_path, folder)
-
-
-def test_logits_transformed_behind_the_head_are_refused_before_weights_load(tmp_path, checkpoint, no_weights):
-    folder = checkpoint(llama(is_causal=False, mask_token_id=3, final_logit_softcapping=30.0))
-    with pytest.raises(ValueError, match=r"final_logit_softcapping=30.0 is not supported"):
-        make(tmp_path, folder)
-
-
-def test_a_multimodal_processor_is_refused_before_weights_load(tmp_path, checkpoint, no_weights):
-    processor = object.__new__(transformers.ProcessorMixin)
-    with pytest.raises(ValueError, match=r"processing_class=ProcessorMixin.*Pass the model's tokenizer"):
-        make(tmp_path, checkpoint(), processor)
-
-
-@pytest.mark.parametrize("wrapped", [False, True], ids=["peft_config", "PeftModel"])
-def test_virtual_tokens_are_refused_before_weights_load(tmp_path, checkpoint, no_weights, wrapped):
-    """They would stand before the prompt, and every row that the scorer reads would be another one."""
-    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = get_peft_model(tiny()[0], adapter) if wrapped else checkpoint()
-    with pytest.raises(ValueError, match=r"peft_config=PromptTuningConfig.*Use LoRA"):
-        make(tmp_path, model, tiny()[1], peft_config=None if wrapped else adapter)
-
-
-def test_the_name_of_an_estimator_belongs_in_the_config(tmp_path, checkpoint, no_weights):
-    with pytest.raises(TypeError, match=r"estimator='mean_field' must be an Estimator instance.*DiffusionGRPOConfig"):
-        make(tmp_path, checkpoint(), estimator="mean_field")
-
-
-def test_arguments_of_another_trainer_are_refused(tmp_path, checkpoint, no_weights):
-    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
-    with pytest.raises(TypeError, match="args must be a DiffusionGRPOConfig, got TrainingArguments"):
-        make(tmp_path, checkpoint(), args=arguments)
-    with pytest.raises(TypeError, match="model must be a name or a transformers model, got dict"):
-        make(tmp_path, {})
-
-
-def test_a_trl_whose_methods_moved_is_refused_by_name(monkeypatch):
-    check_trl(GRPOTrainer, OVERRIDDEN)
-
-    class Moved(GRPOTrainer):
-        def _compute_loss(self, model, batch):
-            pass
-
-    with pytest.raises(RuntimeError, match=r"Moved._compute_loss has no parameter 'inputs'.*Install trl"):
-        check_trl(Moved, OVERRIDDEN)
-
-    class Gone:
-        pass
-
-    with pytest.raises(RuntimeError, match=r"Gone._generate does not exist"):
-        check_trl(Gone, OVERRIDDEN)
-
-
 # ------------------------------------------------------------------------------------------------------------ defaults
 
 
@@ -270,12 +120,6 @@ def test_a_stock_config_runs_with_the_diffusion_defaults(tmp_path):
     before = weights(trainer)
     trainer.train()
     assert moved(before, trainer) and len(losses(trainer)) == 2
-
-
-def test_a_stock_config_with_an_option_that_does_not_apply_is_refused(tmp_path, checkpoint, no_weights):
-    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, top_k=5)
-    with pytest.raises(ValueError, match="top_k=5"):
-        make(tmp_path, checkpoint(), args=args)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers_grpo import OneGraphTrainer, as_rollout, build, lora, losses, moved, reward, tiny, weights
-from test_grpo_memory import peak
+from test_segmented_backward import peak
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
