@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import MaskedDiffusionSpec
-from ..models.spec import check_unshifted
+from ..models.spec import check_full_attention, check_unshifted
 from ..noise import Purpose, hash64
 from ..rollout import Rollout
 from .any_order import AnyOrderDecoding, CachedAnyOrderDecoding
@@ -47,9 +47,11 @@ def generate(
         threshold.
 
     Raises:
-        ValueError: a model that is no masked diffusion model, or an empty prompt for a shifted family.
+        ValueError: a model that is no masked diffusion model or a block-causal one, or an empty prompt for a
+            shifted family.
     """
     spec = spec or MaskedDiffusionSpec.from_model(model)
+    check_full_attention(f"decoding={config.decoding!r}", spec.block_size)
     prompt_mask = prompt_mask.bool()
     rows = prompt_ids.shape[0]
     decoder = Denoising

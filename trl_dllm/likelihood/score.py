@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import MaskedDiffusionSpec, apply_head, entropy, log_probs, view_inputs
+from ..models.spec import check_full_attention
 from ..rollout import Rollout
 from .view import IGNORE, Estimator, View, perturb_prompt
 
@@ -120,6 +121,7 @@ def counted_view(estimator: Estimator, rollout: Rollout, n: int, seeds: Tensor, 
 
 def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusionSpec) -> None:
     """Raise ValueError where the model family cannot answer for the estimator or the rollout."""
+    check_full_attention(type(estimator).__name__, spec.block_size)
     estimator.check(spec.logits_shift)
     if spec.mask_token_id != rollout.mask_token_id:
         raise ValueError(

@@ -49,9 +49,10 @@ def load_model(args: argparse.Namespace):
 
     name = args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    MaskedDiffusionSpec.from_config(AutoConfig.from_pretrained(name), tokenizer)
+    spec = MaskedDiffusionSpec.from_config(AutoConfig.from_pretrained(name), tokenizer)
     kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     base = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, **kwargs)
+    spec.write_to(base)
     model: torch.nn.Module = base
     if args.adapter:
         from trl_dllm.models.adapters import load_adapter

@@ -34,7 +34,7 @@ from ..generation import generate
 from ..likelihood import Estimator, TokenScores, check_estimator, counted_view, perturb_prompt, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
 from ..models.adapters import resume_adapters
-from ..models.spec import check_unshifted
+from ..models.spec import check_full_attention, check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
 from .buffer import from_batch, to_batch
@@ -125,6 +125,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         tokenizer = given.get("processing_class") or read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         self.estimator = estimator if estimator is not None else args.build_estimator()
+        check_full_attention(type(self.estimator).__name__, self.spec.block_size)
         self.estimator.check(self.spec.logits_shift)
         if args.decoding == "any_order":
             check_unshifted("decoding='any_order'", self.spec.logits_shift)
@@ -154,7 +155,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             self.loss_type = "dr_grpo"
 
         # Again, now with the checkpoint's own tokenizer.
-        self.spec = MaskedDiffusionSpec.from_config(unwrap(self.model).config, self._tokenizer)
+        self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
+        self.spec.write_to(self.model)
         self.sampling = args.generation_config(self.eos_token_ids)
         self._count_flops = TrainingFlops(self.model)
         self._parameters = backbone_parameters(self.model)

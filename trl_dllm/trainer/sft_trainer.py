@@ -23,7 +23,7 @@ from ..likelihood import View, score_view
 from ..likelihood.view import IGNORE
 from ..models import NEVER, Attention, MaskedDiffusionSpec
 from ..models.adapters import resume_adapters
-from ..models.spec import check_unshifted
+from ..models.spec import check_full_attention, check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
 from .model_card import rewrite_quick_start
 from .sft_config import DiffusionSFTConfig
@@ -181,6 +181,13 @@ def any_order_view(
     )
 
 
+def check_objective(name: str, spec: MaskedDiffusionSpec) -> None:
+    """Raise ValueError where a model family cannot be trained on the objective."""
+    check_full_attention(f"objective={name!r}", spec.block_size)
+    if name == "any_order":
+        check_unshifted("objective='any_order'", spec.logits_shift)
+
+
 # The config's `objective` names. Each builds the view of a batch whose weighted log-probs, negated, are the losses.
 OBJECTIVES: dict[str, Callable[..., View]] = {"masked_diffusion": masked_diffusion_view, "any_order": any_order_view}
 
@@ -254,14 +261,14 @@ class DiffusionSFTTrainer(SFTTrainer):
         config = read_config(model, args)
         refuse_processor(given.get("processing_class"))
         if given.get("processing_class") is not None:
-            spec = MaskedDiffusionSpec.from_config(config, given["processing_class"])
-            if args.objective == "any_order":
-                check_unshifted("objective='any_order'", spec.logits_shift)
+            check_objective(args.objective, MaskedDiffusionSpec.from_config(config, given["processing_class"]))
 
         self._micro_step = 0  # micro-batches of the current optimizer step that this process has scored
         super().__init__(*bound.args[1:], **bound.kwargs)
 
         self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
+        self.spec.write_to(self.model)
+        check_objective(args.objective, self.spec)  # of a model in memory whose tokenizer TRL has found
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
