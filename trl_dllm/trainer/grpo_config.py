@@ -20,8 +20,9 @@ from .stock import Refused, refuse, take_over
 # what instead).
 _REFUSED: Refused = {
     "use_vllm": ((False,), "vLLM samples autoregressively; completions are drawn by masked diffusion decoding"),
-    "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
+    # Before the option that TRL turns on for it: the message is to name what was set.
     "use_transformers_paged": ((False,), "it samples autoregressively; leave it off"),
+    "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
     "generation_kwargs": (
         (None, {}),
         "they configure autoregressive `generate`; use block_length, diffusion_steps, remasking, …",
@@ -42,7 +43,7 @@ _REFUSED: Refused = {
     "repetition_penalty": ((1.0, None), "it changes the sampled distribution but not the scored one; leave it at 1.0"),
     "use_liger_kernel": (
         (False,),
-        "it replaces the model's forward, which the scorer runs its own head in; leave it off",
+        "it chooses its kernels by `model_type`, and has none for masked diffusion families; leave it off",
     ),
     "router_aux_loss_coef": ((None, 0.0), "the scorer does not return a load-balancing loss; leave it at 0"),
     "cfg_scale": ((0.0,), "the scorer does not follow guidance; use it for generation and evaluation only"),

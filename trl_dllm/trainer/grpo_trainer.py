@@ -1,11 +1,11 @@
 """TRL's GRPOTrainer for masked diffusion language models.
 
-Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Five
+Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Four
 of its methods are overridden, here in the order in which a step meets them:
 
 - `_generate_and_score_completions`: the canvas and its trajectory are put beside each completion and travel with it,
   and so do the old and the reference policy's log-probs, which an estimator computes.
-- `_generate` and `_generate_single_turn`: completions are drawn by masked diffusion decoding.
+- `_generate_single_turn`: completions are drawn by masked diffusion decoding.
 - `_compute_loss`: an estimator scores the micro-batch, one view at a time, and TRL's loss is evaluated on the scores.
 - `_get_per_token_logps_and_entropies`: where TRL's loss asks for log-probs, it is given those scores.
 
@@ -41,20 +41,22 @@ from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .model_card import rewrite_quick_start
 from .reference import as_reference, reference_beside, reference_source
+from .rewards import give_trajectory
 from .segmented_backward import segmented_backward
 from .stock import (
     Interface,
     check_trl,
+    known_arguments,
     own_config,
     read_config,
     read_tokenizer,
     refuse_processor,
     refuse_prompt_learning,
+    without_dropout,
 )
 
 
 _OVERRIDDEN: Interface = {
-    "_generate": ("prompts",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
@@ -135,13 +137,20 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
         # TRL loads a reference where beta is not 0; as the ratio's denominator it is needed at 0 as well.
         beta, needs_reference = args.beta, args.beta != 0 or args.ratio_denominator == "ref"
+        rewards = give_trajectory(reward_funcs, self._trajectory)
         with reference_source(model, needs_reference and given.get("peft_config") is None):
             args.beta = beta or float(needs_reference)
             try:
-                super().__init__(model, reward_funcs, args, *positional, **kwargs)
+                super().__init__(model, rewards, args, *positional, **kwargs)
             finally:
                 args.beta = beta
         self.beta = beta
+        if args.temperature == 0:
+            warnings.warn(
+                "temperature=0: the completions of a group are all the same, every advantage is 0, and nothing is "
+                "learned. Set a temperature (0.9 in d1 and d2).",
+                stacklevel=2,
+            )
         args.check_estimator(self.estimator)
         # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
         if args.kl_estimator == "full" and hasattr(unwrap(self.model).get_output_embeddings(), "modules_to_save"):
@@ -180,6 +189,16 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 stacklevel=3,
             )
 
+    def train(self, *args, **kwargs):
+        self.args.validate()  # again: options may have been set since
+        self.args.check_estimator(self.estimator)
+        self.sampling = self.args.generation_config(self.eos_token_ids)
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._generation_round[1] = (-1, 0)  # every evaluation at a step draws the same completions
+        return super().evaluation_loop(*args, **kwargs)
+
     # ------------------------------------------------------------------------------------------ the generation batch
 
     def _generate_and_score_completions(self, inputs):
@@ -197,12 +216,9 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._record_generation(rollout)
         return outputs
 
-    def _generate(self, prompts, *args, **kwargs):
-        outputs = super()._generate(prompts, *args, **kwargs)
-        # The index of the extra fields moved between versions of TRL. Reward functions get them like dataset columns.
-        extra = next(value for value in outputs if isinstance(value, dict))
-        extra["unmask_step"] = self._rollout.unmask_step.tolist()
-        return outputs
+    def _trajectory(self) -> list[list[int]]:
+        """The steps that revealed each position of the generation batch, for rewards that ask."""
+        return self._rollout.unmask_step.tolist()
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         """Draw the generation batch; TRL gets the completions cut behind their first EOS, the canvas is kept."""
@@ -211,15 +227,16 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         pad = self._tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompt_ids], device=device).long()
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids], device=device).bool()
+        options = known_arguments(
+            unwrap_model_for_generation,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # TRL 1.16
+        )
         with (
             profiling_context(self, "diffusion.generate"),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as model,
             torch.no_grad(),
+            without_dropout(model),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             rollout = generate(
