@@ -1,5 +1,7 @@
 """Which of the tokens drawn in a step are kept."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,32 @@ def draw_tokens(log_p: Tensor, uniform: Tensor) -> Tensor:
     point = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1)
     return token.clamp(max=log_p.shape[-1] - 1)
+
+
+def truncate(log_p: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float | None = None) -> Tensor:
+    """Tokens that may be drawn, bool (n, V): top-k, then top-p of what is left, then min-p, as TRL's sampler has them.
+
+    Ties with the k-th token stay, the most probable token always does, and one of probability 0 (the mask) never.
+    """
+    keep = log_p > torch.finfo(log_p.dtype).min / 8  # `log_probs` gives the mask a quarter of the minimum
+    if 0 < top_k < log_p.shape[-1]:
+        keep &= log_p >= log_p.topk(top_k, dim=-1).values[:, -1:]
+    if top_p < 1:
+        p, order = log_p.masked_fill(~keep, -torch.inf).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        # A token stays if those before it do not reach top_p yet.
+        keep &= torch.zeros_like(keep).scatter(1, order, p.cumsum(dim=-1) - p < top_p)
+    if min_p:
+        keep &= log_p >= log_p.amax(dim=-1, keepdim=True) + math.log(min_p)
+    return keep
+
+
+def named(keep: Tensor) -> Tensor:
+    """The tokens that `keep` (n, V) marks, int32 (n, K) with K the most that a row has, filled up with -1."""
+    row, token = keep.nonzero(as_tuple=True)
+    count = keep.sum(dim=1)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    out = torch.full((len(keep), int(count.max())), -1, dtype=torch.int32, device=keep.device)
+    return out.index_put((row, place), token.int())
 
 
 def measure(remasking: str, log_p: Tensor, tokens: Tensor, uniform: Tensor) -> Tensor:

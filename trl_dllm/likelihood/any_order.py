@@ -60,7 +60,7 @@ class AnyOrder(Estimator):
     Refused for families with shifted logits.
     """
 
-    exact_for = ("any_order",)
+    replays = exact_for = ("any_order",)
 
     def check(self, logits_shift: int) -> None:
         check_unshifted("AnyOrder", logits_shift)

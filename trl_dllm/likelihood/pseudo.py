@@ -132,7 +132,7 @@ class TrajectoryPseudoLikelihood(Estimator):
         if clean_rows not in ("causal", "bidirectional"):
             raise ValueError(f"clean_rows={clean_rows!r} is unknown; choose 'causal' or 'bidirectional'.")
         self.clean_rows = clean_rows
-        self.exact_for = ("any_order",) if clean_rows == "causal" else ()
+        self.replays = self.exact_for = ("any_order",) if clean_rows == "causal" else ()
 
     def check(self, logits_shift: int) -> None:
         check_unshifted("TrajectoryPseudoLikelihood", logits_shift)

@@ -54,6 +54,7 @@ class Estimator:
     stochastic = False
     disjoint = True
     per_token = True
+    replays: tuple[str, ...] = ()  # decoders whose canvases its views are, as they stood before a step
     exact_for: tuple[str, ...] = ()  # decoders whose own log-probs it equals, whatever the rollout
 
     def num_views(self, rollout: Rollout) -> int:

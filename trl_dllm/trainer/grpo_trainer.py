@@ -218,6 +218,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     def _trajectory(self) -> list[list[int]]:
         """The steps that revealed each position of the generation batch, for rewards that ask."""
+        assert self._rollout is not None  # rewards are computed while the batch is made
         return self._rollout.unmask_step.tolist()
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
@@ -358,6 +359,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 batch_size,
                 differentiable_entropy=self._entropy_bonus_enabled,
                 reference=reference_beside(self) if full_kl else None,
+                support=rollout.support,
             )
         scores = replace(scores, logps=self.estimator.assemble(scores.logps, rollout.counted))
         if self.model.training:  # the run's cost is that of training

@@ -38,16 +38,14 @@ def _asked(reward, trajectory):
     def arguments(kwargs: dict) -> dict:
         return kwargs if PARAMETER in kwargs else {**kwargs, PARAMETER: trajectory()}
 
+    def call(*args, **kwargs):
+        return reward(*args, **arguments(kwargs))
+
+    async def wait(*args, **kwargs):
+        return await reward(*args, **arguments(kwargs))
+
     # TRL awaits what `inspect.iscoroutinefunction` knows as such.
-    if inspect.iscoroutinefunction(reward):
-
-        async def wrapped(*args, **kwargs):
-            return await reward(*args, **arguments(kwargs))
-    else:
-
-        def wrapped(*args, **kwargs):
-            return reward(*args, **arguments(kwargs))
-
+    wrapped: Any = wait if inspect.iscoroutinefunction(reward) else call
     if not hasattr(reward, "__name__"):  # an object with __call__, or a partial: TRL logs a reward under its name
         wrapped.__name__ = getattr(getattr(reward, "func", None), "__name__", type(reward).__name__)
         return wrapped

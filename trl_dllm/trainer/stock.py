@@ -53,7 +53,7 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
     noisy = [
         module
         for module in model.modules()
-        if module.training and (isinstance(module, _DropoutNd) or getattr(module, "attention_dropout", 0))
+        if module.training and (isinstance(module, _DropoutNd) or getattr(module, "attention_dropout", False))
     ]
     for module in noisy:
         module.training = False
