@@ -33,6 +33,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from ..generation import generate
 from ..likelihood import Estimator, TokenScores, check_estimator, counted_view, perturb_prompt, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
+from ..models.adapters import resume_adapters
 from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
@@ -198,6 +199,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     def evaluation_loop(self, *args, **kwargs):
         self._generation_round[1] = (-1, 0)  # every evaluation at a step draws the same completions
         return super().evaluation_loop(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which restores a sharded state dict, under the names that it was saved with
+            resume_adapters(self.model if model is None else model, resume_from_checkpoint)
 
     # ------------------------------------------------------------------------------------------ the generation batch
 
