@@ -16,7 +16,9 @@ class DecodingArguments:
     """The decoding settings that sampler, trainer and command line share.
 
     A new one is a field here: from it come an argument of `DiffusionGenerationConfig`, a key of recipes and of
-    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them.
+    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them. One that
+    changes what is drawn acts in `Denoising._draw`; where the scorer does not follow it, `grpo_config._REFUSED` and
+    `scripts/report.py` refuse it.
     """
 
     block_length: int | None = field(

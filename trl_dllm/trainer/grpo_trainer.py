@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer for masked diffusion language models.
 
-Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Four
-of its methods are overridden, here in the order in which a step meets them:
+Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Of
+its step four methods are overridden, here in the order in which they are met:
 
 - `_generate_and_score_completions`: the canvas and its trajectory are put beside each completion and travel with it,
   and so do the old and the reference policy's log-probs, which an estimator computes.
@@ -62,6 +62,7 @@ _OVERRIDDEN: Interface = {
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_compute_loss": ("model", "inputs"),
+    "create_model_card": ("model_name", "dataset_name", "tags"),
 }
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
@@ -69,10 +70,14 @@ _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
 
 class DiffusionGRPOTrainer(GRPOTrainer):
     """
-    GRPO for masked diffusion language models (LLaDA, Dream, …), with d2's and d1's likelihoods.
+    GRPO for masked diffusion language models (LLaDA, Dream, …), with any likelihood of `trl_dllm.likelihood`.
 
     Takes the arguments of TRL's [`~trl.GRPOTrainer`] (except tools, environments and custom rollouts, which assume an
     autoregressive sampler) and, besides:
+
+    Logs beside TRL's metrics: `sampling/steps` that a completion took and `sampling/tokens_per_forward`, means over a
+    logging window; `flops` (counted) and `flops_paper` (d2's formula) since the run began; `kl` over the vocabulary if
+    `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and scorer if `old_logps="rollout"`.
 
     Args:
         args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
@@ -323,7 +328,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return found
 
     def _batch_logps(self, model, rollout: Rollout) -> Tensor:
-        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where nobody counts."""
+        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where not counted."""
         args = self.args
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         views = self._num_views(rollout)
@@ -460,10 +465,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         def backward(surrogate: Tensor) -> None:
             self.accelerator.backward(surrogate, **({"scale_wrt_gas": False} if deepspeed else {}))
 
-        elsewhere = None
+        unscored_logps = None
         if self._separable:
-            elsewhere = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
-        return segmented_backward(views, score, loss, backward, defer_sync, elsewhere)
+            unscored_logps = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
+        return segmented_backward(views, score, loss, backward, defer_sync, unscored_logps)
 
     # ------------------------------------------------------------------------------------------------------- metrics
 
@@ -480,6 +485,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self.flops.paper += paper.total
         totals = torch.tensor([[self.flops.counted, self.flops.paper]], dtype=torch.float64)
         totals = self.accelerator.gather(totals.to(self.accelerator.device)).sum(dim=0).tolist()
+        # Set and not appended: TRL averages a window's entries, and these are totals.
         metrics["flops"] = [totals[0]]
         metrics["flops_paper"] = [totals[1]]
 
