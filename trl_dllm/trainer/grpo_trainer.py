@@ -15,12 +15,11 @@ and nothing is remembered between the two calls.
 
 import copy
 import inspect
-import math
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -36,11 +35,13 @@ from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_
 from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
-from .buffer import from_batch, to_batch
+from .base import HOOKS, DiffusionTrainer
+from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
+from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .model_card import rewrite_quick_start
-from .reference import as_reference, reference_beside, reference_source
+from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
 from .segmented_backward import segmented_backward
 from .stock import (
     Interface,
@@ -59,12 +60,13 @@ _OVERRIDDEN: Interface = {
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_compute_loss": ("model", "inputs"),
+    **HOOKS,
 }
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
 
 
-class DiffusionGRPOTrainer(GRPOTrainer):
+class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     """
     GRPO for masked diffusion language models (LLaDA, Dream, …), with d2's and d1's likelihoods.
 
@@ -158,7 +160,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._count_flops = TrainingFlops(self.model)
         self._parameters = backbone_parameters(self.model)
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
-        self._warn_about_save_steps()
 
     @property
     def _steps_per_generation(self) -> int:
@@ -170,15 +171,15 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """Micro-steps from one generation batch to the next."""
         return self._steps_per_generation * self.num_iterations
 
-    def _warn_about_save_steps(self) -> None:
-        cycle = self._cycle
-        if self.args.save_strategy == "steps" and self.args.save_steps * self.args.gradient_accumulation_steps % cycle:
-            warnings.warn(
-                f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run "
-                "resumed from it draws its completions anew. Multiples of "
-                f"{cycle // math.gcd(cycle, self.args.gradient_accumulation_steps)} resume exactly.",
-                stacklevel=3,
-            )
+    def process_state(self, folder: str) -> dict[str, Any]:
+        save_reference(self, folder)
+        return {"flops": self.flops.state_dict(), "cycle": cycle_state(self)}
+
+    def load_process_states(self, states: list[dict[str, Any]], folder: str) -> None:
+        load_reference(self, folder)
+        counters = [state["flops"] for state in states]
+        self.flops.load_state_dict({name: sum(c[name] for c in counters) for name in ("counted", "paper")})
+        load_cycle_state(self, states[0]["cycle"] if states else None)
 
     # ------------------------------------------------------------------------------------------ the generation batch
 
@@ -213,6 +214,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids], device=device).bool()
         with (
             profiling_context(self, "diffusion.generate"),
+            rollout_of(self, prompt_ids),
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
@@ -390,9 +392,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             return self._score_view(model, rollout, n, iteration, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
+            value = self._loss_of(scores, inputs, record)
             if record:
+                parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}
+                check_loss(self, value, rollout.prompt_ids, rollout.prompt_mask, parts)
                 self._record_mismatch(scores, rollout)
-            return self._loss_of(scores, inputs, record)
+            return value
 
         if views == 1 or not torch.is_grad_enabled():
             return loss(TokenScores.sum(map(score, range(views))), record=True)
