@@ -172,16 +172,13 @@ def resolve_rewards(task: str | None, names: list[str] | None, reward_model: str
 
 
 def last_checkpoint(training_args) -> str | None:
-    """Where to resume from: `resume_from_checkpoint: true` takes the last checkpoint in output_dir, if any."""
-    wanted = training_args.resume_from_checkpoint
-    if wanted in (None, False, "false", "False"):
-        return None
-    if wanted not in (True, "true", "True"):
-        return wanted
-    from transformers.trainer_utils import get_last_checkpoint
+    """Where to resume from: `resume_from_checkpoint: true` takes the newest complete one in output_dir, if any."""
+    from trl_dllm.trainer.checkpoint import find_checkpoint
 
-    folder = training_args.output_dir
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    wanted = training_args.resume_from_checkpoint
+    if isinstance(wanted, str) and wanted.lower() in ("true", "false"):  # as the command line gives it
+        wanted = wanted.lower() == "true"
+    return find_checkpoint(wanted, training_args.output_dir)
 
 
 def train_and_save(trainer, script_args) -> None:

@@ -15,12 +15,12 @@ and nothing is remembered between the two calls.
 
 import copy
 import inspect
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -33,15 +33,16 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from ..generation import generate
 from ..likelihood import Estimator, TokenScores, check_estimator, counted_view, perturb_prompt, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
-from ..models.adapters import resume_adapters
 from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
-from .buffer import from_batch, to_batch
+from .base import HOOKS, DiffusionTrainer
+from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
+from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .model_card import rewrite_quick_start
-from .reference import as_reference, reference_beside, reference_source
+from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
 from .rewards import give_trajectory
 from .segmented_backward import segmented_backward
 from .stock import (
@@ -63,12 +64,13 @@ _OVERRIDDEN: Interface = {
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_compute_loss": ("model", "inputs"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
+    **HOOKS,
 }
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
 
 
-class DiffusionGRPOTrainer(GRPOTrainer):
+class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     """
     GRPO for masked diffusion language models (LLaDA, Dream, …), with any likelihood of `trl_dllm.likelihood`.
 
@@ -173,7 +175,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._count_flops = TrainingFlops(self.model)
         self._parameters = backbone_parameters(self.model)
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
-        self._warn_about_save_steps()
 
     @property
     def _steps_per_generation(self) -> int:
@@ -185,15 +186,15 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """Micro-steps from one generation batch to the next."""
         return self._steps_per_generation * self.num_iterations
 
-    def _warn_about_save_steps(self) -> None:
-        cycle = self._cycle
-        if self.args.save_strategy == "steps" and self.args.save_steps * self.args.gradient_accumulation_steps % cycle:
-            warnings.warn(
-                f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run "
-                "resumed from it draws its completions anew. Multiples of "
-                f"{cycle // math.gcd(cycle, self.args.gradient_accumulation_steps)} resume exactly.",
-                stacklevel=3,
-            )
+    def process_state(self, folder: str) -> dict[str, Any]:
+        save_reference(self, folder)
+        return {"flops": self.flops.state_dict(), "cycle": cycle_state(self)}
+
+    def load_process_states(self, states: list[dict[str, Any]], folder: str) -> None:
+        load_reference(self, folder)
+        counters = [state["flops"] for state in states]
+        self.flops.load_state_dict({name: sum(c[name] for c in counters) for name in ("counted", "paper")})
+        load_cycle_state(self, states[0]["cycle"] if states else None)
 
     def train(self, *args, **kwargs):
         self.args.validate()  # again: options may have been set since
@@ -204,11 +205,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     def evaluation_loop(self, *args, **kwargs):
         self._generation_round[1] = (-1, 0)  # every evaluation at a step draws the same completions
         return super().evaluation_loop(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:  # which restores a sharded state dict, under the names that it was saved with
-            resume_adapters(self.model if model is None else model, resume_from_checkpoint)
 
     # ------------------------------------------------------------------------------------------ the generation batch
 
@@ -246,6 +242,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         )
         with (
             profiling_context(self, "diffusion.generate"),
+            rollout_of(self, prompt_ids),
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as model,
             torch.no_grad(),
             without_dropout(model),
@@ -420,9 +417,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             return self._score_view(model, rollout, n, iteration, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
+            value = self._loss_of(scores, inputs, record)
             if record:
+                parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}
+                check_loss(self, value, rollout.prompt_ids, rollout.prompt_mask, parts)
                 self._record_mismatch(scores, rollout)
-            return self._loss_of(scores, inputs, record)
+            return value
 
         if views == 1 or not torch.is_grad_enabled():
             return loss(TokenScores.sum(map(score, range(views))), record=True)
