@@ -40,6 +40,7 @@ from .buffer import from_batch, to_batch
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .model_card import rewrite_quick_start
+from .records import RecordingTrainer
 from .reference import as_reference, reference_beside, reference_source
 from .segmented_backward import segmented_backward
 from .stock import (
@@ -64,7 +65,7 @@ _OVERRIDDEN: Interface = {
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
 
 
-class DiffusionGRPOTrainer(GRPOTrainer):
+class DiffusionGRPOTrainer(RecordingTrainer, GRPOTrainer):
     """
     GRPO for masked diffusion language models (LLaDA, Dream, …), with d2's and d1's likelihoods.
 
@@ -486,4 +487,4 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """TRL's model card, with this library's way to generate instead of an autoregressive pipeline."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.sampling.max_new_tokens)
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())

@@ -25,6 +25,7 @@ from ..models import NEVER, Attention, MaskedDiffusionSpec
 from ..models.spec import check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
 from .model_card import rewrite_quick_start
+from .records import RecordingTrainer
 from .sft_config import DiffusionSFTConfig
 from .stock import (
     Interface,
@@ -184,7 +185,7 @@ def any_order_view(
 OBJECTIVES: dict[str, Callable[..., View]] = {"masked_diffusion": masked_diffusion_view, "any_order": any_order_view}
 
 
-class DiffusionSFTTrainer(SFTTrainer):
+class DiffusionSFTTrainer(RecordingTrainer, SFTTrainer):
     """
     Supervised fine-tuning of masked diffusion language models (LLaDA, Dream, …): LLaDA Algorithm 2, d1's SFT.
 
@@ -347,8 +348,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         """TRL's model card, with this library's way to generate."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            canvas_length = self.args.canvas_length or 256
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, canvas_length)
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())
 
 
 def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
