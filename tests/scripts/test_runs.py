@@ -1,7 +1,10 @@
 """Whose run an output_dir holds: another's is never gone on with or written over, and a finished one is complete."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -330,6 +333,25 @@ def test_hashing_is_left_to_the_first_process(tmp_path, model, monkeypatch):
     monkeypatch.setattr("trl_dllm.scripts.runs.on_main_process", lambda compute: done.append(compute) or "the first's")
     monkeypatch.setattr("trl_dllm.scripts.runs.model_identity", lambda *args: pytest.fail("hashed"))
     assert begin_run("sft", *parsed, []) == "the first's" and len(done) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_whose_run_it_is(tmp_path, model, folder):
+    """Trained by two, finished for one that takes all rows at once, and refused by both without one waiting."""
+    settings = {**GRPO, "model_name_or_path": str(model), "output_dir": str(folder), "max_steps": 1}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def launched(processes: int, **changes) -> subprocess.CompletedProcess:
+        argv = [str(processes), grpo.__file__, "--config", write_recipe(tmp_path, {**settings, **changes})]
+        return subprocess.run([*launch, *argv], env=environment, capture_output=True, text=True, timeout=300)
+
+    assert "Model saved to" in launched(2).stdout
+    again = launched(1, per_device_train_batch_size=8)
+    assert f"{folder} is already trained: 1 of 1 steps." in again.stdout and again.returncode == 0
+    refused = launched(2, learning_rate=5e-4)
+    assert refused.returncode != 0
+    assert refused.stderr.count(f"ValueError: {folder} holds a run with other settings (learning_rate differ)") >= 1
 
 
 def test_no_secret_is_written(run, folder):
