@@ -19,6 +19,7 @@ from .evaluation import complete
 from .generation import DiffusionGenerationConfig, generate, saved_decoding_config
 from .likelihood import Elbo, token_logps
 from .models import MaskedDiffusionSpec
+from .models.adapters import load_adapter
 from .noise import Purpose, hash64
 from .processes import say
 from .rollout import Rollout
@@ -36,6 +37,7 @@ class DiffusionLM(LM):
         is_greedy (`bool`): whether to find out if greedy decoding gives a continuation (a forward a token), which
             accuracy on multiple choice does not need; otherwise it is reported as not.
         seed (`int`): of all draws.
+        peft (`str`, *optional*): folder or Hub name of an adapter, under the name that the harness's models give it.
         max_new_tokens (`int`, *optional*): canvas length where a task does not say (`max_gen_toks`); `None` takes the
             one that the model was trained with (`decoding.json`), or 256.
         temperature (`float`): of the draws; 0 is greedy.
@@ -54,6 +56,7 @@ class DiffusionLM(LM):
         is_greedy: bool = False,
         seed: int = 0,
         max_batch_size: int | None = None,  # given by the harness for batch_size="auto"
+        peft: str | None = None,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         **decoding: Any,
@@ -64,12 +67,13 @@ class DiffusionLM(LM):
         # First of all, so that bad settings are an error before the model loads.
         canvas = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
         given = {**canvas, "temperature": temperature, **decoding}
-        self.sampling, line = saved_decoding_config([pretrained], given)
+        self.sampling, line = saved_decoding_config([peft, pretrained], given)
         if line:
             say(line)
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained, padding_side="left")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype).eval().to(self._device)
+        base = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
+        self.model = (load_adapter(base, peft) if peft else base).eval().to(self._device)
         self.spec = MaskedDiffusionSpec.from_model(self.model, self.tokenizer)
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
         self.num_samples, self.find_greedy = int(num_samples), str(is_greedy).lower() == "true"

@@ -22,6 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..likelihood import View, score_view
 from ..likelihood.view import IGNORE
 from ..models import NEVER, Attention, MaskedDiffusionSpec
+from ..models.adapters import resume_adapters
 from ..models.spec import check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
 from .model_card import rewrite_quick_start
@@ -284,6 +285,11 @@ class DiffusionSFTTrainer(RecordingTrainer, SFTTrainer):
             freeze_all_but(self.model, trainable)
             if args.gradient_checkpointing:  # reentrant checkpointing gives no gradient behind frozen embeddings
                 self.model.enable_input_require_grads()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which restores a sharded state dict, under the names that it was saved with
+            resume_adapters(self.model if model is None else model, resume_from_checkpoint)
 
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of an optimizer step and, as TRL's `num_items_in_batch`, their rows over all processes."""
