@@ -7,11 +7,11 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import Trainer
 
 from ..models.adapters import resume_adapters
 from .checkpoint import find_checkpoint, load_process_states, make_way, save_process_state
 from .finite import check_gradient
+from .records import RecordingTrainer
 from .stock import Interface
 
 
@@ -25,8 +25,8 @@ HOOKS: Interface = {
 }
 
 
-class DiffusionTrainer(Trainer):
-    """Trainer with these hooks; a trainer says what is its own in `process_state` and `load_process_states`."""
+class DiffusionTrainer(RecordingTrainer):
+    """Trainer with these hooks, and with what it writes beside a model; a trainer says what is its own in `process_state` and `load_process_states`."""
 
     def __init__(self, *args, **kwargs):
         self.rows_of_step: list[tuple[Tensor, Tensor]] = []  # ids and masks of the optimizer step's micro-batches
