@@ -4,17 +4,18 @@ Importing this package registers the native families, so that `AutoConfig`, `Aut
 Hub checkpoints without remote code.
 """
 
-from .attention import NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
+from .attention import EVERYTHING, NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
 from .dream import DreamConfig, DreamModel
 from .families import FAMILIES, register_families
 from .flops import FlopsCounter, ForwardFlops, PaperFlops, TrainingFlops, backbone_parameters, paper_flops
-from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, unwrap
+from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, restrict, unwrap
 from .llada import LLaDAConfig, LLaDAModelLM
 from .spec import MaskedDiffusionSpec
 from .tiny import create_tiny_model
 
 
 __all__ = [
+    "EVERYTHING",
     "FAMILIES",
     "NEVER",
     "TILE_ROWS",
@@ -38,6 +39,7 @@ __all__ = [
     "log_probs",
     "order_levels",
     "paper_flops",
+    "restrict",
     "unwrap",
     "view_inputs",
 ]
