@@ -26,7 +26,10 @@ HOOKS: Interface = {
 
 
 class DiffusionTrainer(RecordingTrainer):
-    """Trainer with these hooks, and with what it writes beside a model; a trainer says what is its own in `process_state` and `load_process_states`."""
+    """Trainer with these hooks, and with what it writes beside a model.
+
+    A trainer says what is its own in `process_state` and `load_process_states`.
+    """
 
     def __init__(self, *args, **kwargs):
         self.rows_of_step: list[tuple[Tensor, Tensor]] = []  # ids and masks of the optimizer step's micro-batches
