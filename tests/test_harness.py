@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trl_dllm.models import create_tiny_model
 
@@ -33,6 +35,17 @@ def ask(kind, *arguments):
 def test_the_harness_finds_the_model_by_name(folder):
     model = get_model("trl_dllm").create_from_arg_string(f"pretrained={folder},max_new_tokens=16,diffusion_steps=8")
     assert type(model).__name__ == "DiffusionLM" and model._config(16).diffusion_steps == 8
+
+
+def test_an_adapter_is_put_on_the_model(folder, tmp_path):
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path)
+    model = get_model("trl_dllm").create_from_arg_string(f"pretrained={folder},peft={tmp_path}").model
+    ids = torch.arange(5, 25)[None]
+    assert not model.training and torch.equal(model(ids).logits.cpu(), adapted.eval()(ids).logits)
 
 
 def test_every_decoding_setting_is_taken_and_scaled_to_another_canvas(folder):

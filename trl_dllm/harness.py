@@ -20,6 +20,7 @@ from .evaluation import complete
 from .generation import DiffusionGenerationConfig, generate, resolve_schedule
 from .likelihood import Elbo, token_logps
 from .models import MaskedDiffusionSpec
+from .models.adapters import load_adapter
 from .noise import Purpose, hash64
 from .rollout import Rollout
 
@@ -36,6 +37,7 @@ class DiffusionLM(LM):
         is_greedy (`bool`): whether to find out if greedy decoding gives a continuation (a forward a token), which
             accuracy on multiple choice does not need; otherwise it is reported as not.
         seed (`int`): of all draws.
+        peft (`str`, *optional*): folder or Hub name of an adapter, under the name that the harness's models give it.
         max_new_tokens (`int`): canvas length where a task does not say (`max_gen_toks`).
         temperature (`float`): of the draws; 0 is greedy.
         decoding: any further field of `DiffusionGenerationConfig`, for a canvas of `max_new_tokens`. Another canvas
@@ -53,6 +55,7 @@ class DiffusionLM(LM):
         is_greedy: bool = False,
         seed: int = 0,
         max_batch_size: int | None = None,  # given by the harness for batch_size="auto"
+        peft: str | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         **decoding: Any,
@@ -64,7 +67,8 @@ class DiffusionLM(LM):
         self.sampling = DiffusionGenerationConfig(max_new_tokens, temperature=temperature, **decoding)
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained, padding_side="left")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype).eval().to(self._device)
+        base = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
+        self.model = (load_adapter(base, peft) if peft else base).eval().to(self._device)
         self.spec = MaskedDiffusionSpec.from_model(self.model, self.tokenizer)
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
         self.num_samples, self.find_greedy = int(num_samples), str(is_greedy).lower() == "true"

@@ -15,6 +15,9 @@ from trl_dllm.scripts import generate, grpo, report
 
 # The decoding settings and their defaults, as they are promised to users.
 DEFAULTS = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
     "block_length": None,
     "diffusion_steps": None,
     "tokens_per_step": None,

@@ -51,3 +51,6 @@ def test_dream_reads_the_hubs_rope_theta(tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.rope_parameters["rope_theta"] == 1e6
     assert (config.mask_token_id, config.eos_token_id, config.logits_shift) == (151666, 151643, 1)
+    config.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["rope_theta"] == 1e6, "where the original code looks for it"

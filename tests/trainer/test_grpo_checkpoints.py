@@ -7,6 +7,7 @@ import torch
 from helpers_grpo import CheckedTrainer, build, config, lora, losses, moved, reward, text_prompts, tiny, weights
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_dllm import DiffusionGRPOTrainer
@@ -65,6 +66,16 @@ def test_a_trained_adapter_loads_again_on_its_base_model(tmp_path):
         assert not torch.equal(
             loaded.get_base_model()(ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits
         )
+
+
+def test_an_adapter_that_does_not_fit_is_not_resumed_from(tmp_path):
+    """PEFT would load what fits, and train the rest from its start."""
+    build(tmp_path, peft=True, max_steps=1, save_strategy="steps", save_steps=1).train()
+    path = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
+    state = {key.replace("mlp.up_proj", "mlp.other"): value for key, value in load_file(path).items()}
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"no place for: .*mlp.other.lora_A.weight, .*no weights for: .*up_proj"):
+        build(tmp_path, peft=True, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_path_an_instance_and_a_model_made_in_memory_train_alike(tmp_path):

@@ -16,7 +16,9 @@ class DecodingArguments:
     """The decoding settings that sampler, trainer and command line share.
 
     A new one is a field here: from it come an argument of `DiffusionGenerationConfig`, a key of recipes and of
-    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them.
+    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them. One that
+    changes what is drawn acts in `Denoising._draw`; where the scorer does not follow it, `grpo_config._REFUSED` and
+    `scripts/report.py` refuse it.
     """
 
     block_length: int | None = field(
@@ -53,6 +55,23 @@ class DecodingArguments:
             "schedule; diffusion_steps then plays no part."
         },
     )
+    top_k: int = field(
+        default=0,
+        metadata={"help": "Draw among the k most probable tokens alone; 0 draws among all."},
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Draw among the most probable tokens whose probabilities add up to this; 1 draws among all."
+        },
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw among the tokens that are at least this fraction as probable as the most probable one; None "
+            "draws among all."
+        },
+    )
     stop_at_eos: bool = field(
         default=True,
         metadata={
@@ -83,6 +102,11 @@ class DecodingArguments:
         },
     )
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn (`top_k`, `top_p`, `min_p`)."""
+        return self.top_k > 0 or self.top_p < 1 or bool(self.min_p)
+
     def check_decoding(self, canvas_length: int, canvas_name: str) -> tuple[int, int]:
         """Check every decoding field; returns block length and steps for the canvas, filled in where they are None.
 
@@ -105,6 +129,12 @@ class DecodingArguments:
                 f"confidence_threshold={self.confidence_threshold} has no measure to compare with under "
                 "remasking='left_to_right'; choose 'low_confidence', 'margin', 'entropy' or 'random'."
             )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative (0 draws among all tokens).")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 draws among all tokens.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be in [0, 1], or None to draw among all tokens.")
         check_kind(canvas_name, canvas_length, int)
         if canvas_length < 1:
             raise ValueError(f"{canvas_name}={canvas_length} must be at least 1.")

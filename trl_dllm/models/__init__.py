@@ -7,16 +7,17 @@ Hub checkpoints without remote code.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from .attention import NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
+from .attention import EVERYTHING, NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
 from .dream import DreamConfig, DreamModel
 from .flops import FlopsCounter, ForwardFlops, PaperFlops, TrainingFlops, backbone_parameters, paper_flops
-from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, unwrap
+from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, restrict, unwrap
 from .llada import KEY_RENAMING, LLaDAConfig, LLaDAModelLM
 from .spec import MaskedDiffusionSpec
 from .tiny import FAMILIES, create_tiny_model
 
 
 __all__ = [
+    "EVERYTHING",
     "FAMILIES",
     "NEVER",
     "TILE_ROWS",
@@ -40,6 +41,7 @@ __all__ = [
     "log_probs",
     "order_levels",
     "paper_flops",
+    "restrict",
     "unwrap",
     "view_inputs",
 ]

@@ -117,6 +117,12 @@ def log_probs(logits: Tensor, mask_token_id: int, temperature: float = 1.0) -> T
     return logits.masked_fill(excluded, torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
 
 
+def restrict(log_p: Tensor, support: Tensor) -> Tensor:
+    """Log-probs (n, K) of the tokens that `support` (n, K) names, normalised among them; -1 names none."""
+    values = log_p.gather(1, support.long().clamp(min=0))
+    return values.masked_fill(support < 0, torch.finfo(values.dtype).min / 4).log_softmax(dim=-1)
+
+
 def entropy(log_p: Tensor) -> Tensor:
     """Entropy in nats of rows of `log_probs`, (…,)."""
     return -(log_p.exp() * log_p).sum(dim=-1)

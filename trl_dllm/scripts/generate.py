@@ -54,9 +54,9 @@ def load_model(args: argparse.Namespace):
     base = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, **kwargs)
     model: torch.nn.Module = base
     if args.adapter:
-        from peft import PeftModel
+        from trl_dllm.models.adapters import load_adapter
 
-        model = PeftModel.from_pretrained(base, args.adapter)
+        model = load_adapter(base, args.adapter)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

@@ -19,7 +19,8 @@ def to_batch(rollout: Rollout, kept: Tensor) -> dict[str, Tensor]:
 
     `kept` (B, 1) is False for completions that the loss leaves out whole (`mask_truncated_completions`).
     """
-    return {
+    support = {} if rollout.support is None else {"support": rollout.support}
+    return support | {
         # The prompts too: TRL's are of the wrong dtype if one is empty, and padded to a multiple if it is told so.
         "prompt_ids": rollout.prompt_ids,
         "prompt_mask": rollout.prompt_mask.long(),
@@ -44,6 +45,7 @@ def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float)
         view_seed=batch["view_seed"],
         mask_token_id=mask_token_id,
         temperature=temperature,
+        support=batch.get("support"),
     )
 
 

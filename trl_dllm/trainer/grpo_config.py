@@ -20,29 +20,14 @@ from .stock import Refused, refuse, take_over
 # what instead).
 _REFUSED: Refused = {
     "use_vllm": ((False,), "vLLM samples autoregressively; completions are drawn by masked diffusion decoding"),
-    "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
+    # Before the option that TRL turns on for it: the message is to name what was set.
     "use_transformers_paged": ((False,), "it samples autoregressively; leave it off"),
-    "generation_kwargs": (
-        (None, {}),
-        "they configure autoregressive `generate`; use block_length, diffusion_steps, remasking, …",
-    ),
+    "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
     "cache_implementation": ((None,), "it configures the autoregressive cache; use `cache`"),
-    "top_p": (
-        (1.0, None),
-        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
-    ),
-    "top_k": (
-        (0, None),
-        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
-    ),
-    "min_p": (
-        (None, 0.0),
-        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
-    ),
     "repetition_penalty": ((1.0, None), "it changes the sampled distribution but not the scored one; leave it at 1.0"),
     "use_liger_kernel": (
         (False,),
-        "it replaces the model's forward, which the scorer runs its own head in; leave it off",
+        "it chooses its kernels by `model_type`, and has none for masked diffusion families; leave it off",
     ),
     "router_aux_loss_coef": ((None, 0.0), "the scorer does not return a load-balancing loss; leave it at 0"),
     "cfg_scale": ((0.0,), "the scorer does not follow guidance; use it for generation and evaluation only"),
@@ -165,6 +150,7 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         Raises:
             ValueError: naming the field, its value and what would be right.
         """
+        self._take_generation_kwargs()
         refuse(self, _REFUSED, "a diffusion model")
         elsewhere = {f.name for base in (GRPOConfig, DecodingArguments) for f in fields(base)}
         check_fields(self, [f.name for f in fields(self) if f.name not in elsewhere])
@@ -180,6 +166,20 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         self.generation_config()  # checks the temperature
         self._check_loss()
         self.check_estimator(self.build_estimator())
+
+    def _take_generation_kwargs(self) -> None:
+        """Decoding settings may also stand in TRL's `generation_kwargs`, which go before the fields there too."""
+        known = {f.name for f in fields(DecodingArguments)}
+        given = self.generation_kwargs
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"It takes {', '.join(sorted(known))}."
+                raise ValueError(
+                    f"generation_kwargs: {name}={value!r} configures autoregressive sampling; {hint} Others are "
+                    "fields of their own (temperature, max_completion_length)."
+                )
+            setattr(self, name, value)
 
     def _check_loss(self) -> None:
         if self.kl_estimator == "full" and self.beta == 0:
@@ -220,6 +220,13 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
                         f"{name}={getattr(self, name)} needs every token's number, and {type(estimator).__name__} "
                         f"scores only some. Set it to {neutral}, or score all positions."
                     )
+        if self.truncates and self.decoding not in estimator.replays:
+            name = next(name for name in ("top_k", "top_p", "min_p") if getattr(self, name) not in (0, 1.0, None))
+            raise ValueError(
+                f"{name}={getattr(self, name)} with {type(estimator).__name__} and decoding={self.decoding!r}: it "
+                "scores other distributions than the sampler draws from, and which of their tokens would be left is "
+                "not known. Draw without truncation, or take step_merge (any_order for any-order decoding)."
+            )
         if self.old_logps == "recompute":
             return
         reason = None
