@@ -1,10 +1,13 @@
 """The model class for lm-evaluation-harness."""
 
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from trl_dllm.generation import save_decoding
 from trl_dllm.models import create_tiny_model
 
 
@@ -72,6 +75,26 @@ def test_every_decoding_setting_is_taken_and_scaled_to_another_canvas(folder):
 def test_a_setting_to_mend_is_an_error_before_the_model_loads(setting, error, match):
     with pytest.raises(error, match=match):
         get_model("trl_dllm").create_from_arg_string(f"pretrained=no/such-model,max_new_tokens=16,{setting}")
+
+
+def test_the_decoding_is_the_models_and_what_is_given_wins(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "model")
+    trained = {
+        "max_new_tokens": 12,
+        "block_length": 4,
+        "diffusion_steps": 6,
+        "remasking": "margin",
+        "temperature": 0.9,
+    }
+    save_decoding(trained, tmp_path / "model")
+    create = get_model("trl_dllm").create_from_arg_string
+    found = create(f"pretrained={tmp_path / 'model'}").sampling
+    assert (found.max_new_tokens, found.block_length, found.diffusion_steps) == (12, 4, 6)
+    assert (found.remasking, found.temperature) == ("margin", 0.0)
+    assert "Decoding as saved with" in capsys.readouterr().out
+    found = create(f"pretrained={tmp_path / 'model'},max_new_tokens=24,remasking=random").sampling
+    assert (found.max_new_tokens, found.block_length, found.diffusion_steps) == (24, 4, 12)
+    assert found.remasking == "random"
 
 
 def test_generation_is_cut_at_the_stop_strings_and_does_not_depend_on_the_batch(folder):

@@ -25,6 +25,7 @@ def main(args: argparse.Namespace) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import trl_dllm  # noqa: F401  registers the model families
+    from trl_dllm.generation import read_decoding, save_decoding
     from trl_dllm.models.adapters import load_adapter
 
     base = args.model_name_or_path or PeftConfig.from_pretrained(args.adapter).base_model_name_or_path
@@ -44,6 +45,7 @@ def main(args: argparse.Namespace) -> None:
     merged.save_pretrained(args.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.adapter if _has_tokenizer(args.adapter) else base)
     tokenizer.save_pretrained(args.output_dir)
+    save_decoding(read_decoding(args.adapter) or read_decoding(base), args.output_dir)
     print(f"{args.adapter} merged into {base}: {args.output_dir}.")
 
 

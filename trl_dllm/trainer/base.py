@@ -7,16 +7,17 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import Trainer
 
 from ..models.adapters import resume_adapters
 from .checkpoint import find_checkpoint, load_process_states, make_way, save_process_state
 from .finite import check_gradient
+from .records import RecordingTrainer
 from .stock import Interface
 
 
 HOOKS: Interface = {
     "train": ("resume_from_checkpoint",),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_save_checkpoint": ("model", "trial"),
     "_save_rng_state": ("output_dir",),
     "_load_rng_state": ("checkpoint",),
@@ -25,8 +26,11 @@ HOOKS: Interface = {
 }
 
 
-class DiffusionTrainer(Trainer):
-    """Trainer with these hooks; a trainer says what is its own in `process_state` and `load_process_states`."""
+class DiffusionTrainer(RecordingTrainer):
+    """Trainer with these hooks, and with what it writes beside a model.
+
+    A trainer says what is its own in `process_state` and `load_process_states`.
+    """
 
     def __init__(self, *args, **kwargs):
         self.rows_of_step: list[tuple[Tensor, Tensor]] = []  # ids and masks of the optimizer step's micro-batches
@@ -53,6 +57,11 @@ class DiffusionTrainer(Trainer):
             )
         (checkpoint,) = broadcast_object_list([checkpoint])  # a shared folder may look different from another node
         return super().train(checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:  # which restores a sharded state dict, under the names that it was saved with
+            resume_adapters(self.model if model is None else model, resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:

@@ -517,4 +517,4 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         """TRL's model card, with this library's way to generate instead of an autoregressive pipeline."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.sampling.max_new_tokens)
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())

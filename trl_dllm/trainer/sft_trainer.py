@@ -359,8 +359,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
         """TRL's model card, with this library's way to generate."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            canvas_length = self.args.canvas_length or 256
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, canvas_length)
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())
 
 
 def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
