@@ -21,7 +21,6 @@ HOOKS: Interface = {
     "_save_checkpoint": ("model", "trial"),
     "_save_rng_state": ("output_dir",),
     "_load_rng_state": ("checkpoint",),
-    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_get_grad_norm": ("model", "grad_norm"),
 }
 
@@ -82,11 +81,6 @@ class DiffusionTrainer(RecordingTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             self.load_process_states(load_process_states(self, checkpoint), checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not self.is_fsdp_enabled:  # which restores a sharded state dict, under the names that it was saved with
-            resume_adapters(self.model if model is None else model, resume_from_checkpoint)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
