@@ -227,6 +227,13 @@ def test_llada_of_another_structure_is_refused(tmp_path, name, value):
     assert_native_values(other)
 
 
+def test_llada_moe_is_not_taken_for_a_dense_llada(tmp_path):
+    """Its Hub config says model_type llada too."""
+    folder = original_folder(tmp_path, architectures=["LLaDAMoEModelLM"], num_experts=64, num_experts_per_tok=8)
+    with pytest.raises(ValueError, match=r"num_experts=64.*LLaDA-MoE.*random weights"):
+        AutoConfig.from_pretrained(folder)
+
+
 def test_llada_defaults_are_the_released_models():
     config = LLaDAConfig()
     assert config.rope_parameters["rope_theta"] == 500_000.0

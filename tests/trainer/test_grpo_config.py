@@ -206,28 +206,6 @@ def test_every_field_is_documented_twice():
             assert f.metadata.get("help", "no help") not in documented, f.name
 
 
-@pytest.mark.parametrize(
-    "accumulation, per_generation, iterations, save_steps, multiple",
-    [(2, 2, 2, 3, 2), (2, 2, 2, 4, None), (4, 2, 3, 2, 3), (4, 2, 3, 3, None), (1, 2, 2, 6, 4), (2, 2, 1, 1, None)],
-)
-def test_a_checkpoint_inside_a_cycle_is_warned_about_with_the_right_multiple(
-    tmp_path, recwarn, accumulation, per_generation, iterations, save_steps, multiple
-):
-    build(
-        tmp_path,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=per_generation,
-        num_iterations=iterations,
-        save_strategy="steps",
-        save_steps=save_steps,
-    )
-    messages = [str(w.message) for w in recwarn if "save_steps" in str(w.message)]
-    if multiple is None:
-        assert not messages
-    else:
-        assert len(messages) == 1 and f"Multiples of {multiple} resume" in messages[0], messages
-
-
 def test_importing_the_package_does_not_import_trl():
     """TRL takes seconds to import; samplers and likelihoods do without it."""
     code = (

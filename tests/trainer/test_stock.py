@@ -134,8 +134,8 @@ def test_a_trl_whose_methods_moved_is_refused_by_name(monkeypatch):
 
 
 def test_a_stock_config_with_an_option_that_does_not_apply_is_refused(tmp_path, checkpoint, no_weights):
-    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, top_k=5)
-    with pytest.raises(ValueError, match="top_k=5"):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, repetition_penalty=1.2)
+    with pytest.raises(ValueError, match=r"repetition_penalty=1\.2"):
         make(tmp_path, checkpoint(), args=args)
 
 

@@ -1,6 +1,6 @@
 """How a canvas is decoded. Each setting is declared here once, for the sampler, the trainer and the command line."""
 
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
 from ..fields import check_fields, check_kind, document_fields
 from .order import MEASURES, VALUE_INDEPENDENT
@@ -16,7 +16,9 @@ class DecodingArguments:
     """The decoding settings that sampler, trainer and command line share.
 
     A new one is a field here: from it come an argument of `DiffusionGenerationConfig`, a key of recipes and of
-    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them.
+    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them. One that
+    changes what is drawn acts in `Denoising._draw`; where the scorer does not follow it, `grpo_config._REFUSED` and
+    `scripts/report.py` refuse it.
     """
 
     block_length: int | None = field(
@@ -175,6 +177,26 @@ class DiffusionGenerationConfig(DecodingArguments):
             self.eos_token_ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
             for token in self.eos_token_ids:
                 check_kind("eos_token_ids", token, int)
+
+    def resized(self, canvas_length: int, block_length: int | None = None) -> "DiffusionGenerationConfig":
+        """The same decoding of another canvas, or in other blocks: as many tokens a step, rounded up.
+
+        Blocks of None stay as long as they are where they divide the canvas, and are the default ones where not.
+        """
+        assert self.block_length is not None and self.diffusion_steps is not None  # filled in by __post_init__
+        check_kind("max_new_tokens", canvas_length, int)
+        check_kind("block_length", block_length, int, or_none=True)
+        if block_length is None and canvas_length % self.block_length == 0:
+            block_length = self.block_length
+        block_length, _ = resolve_schedule(canvas_length, block_length, None, None)
+        steps = block_length * self.diffusion_steps // self.max_new_tokens
+        return replace(
+            self,
+            max_new_tokens=canvas_length,
+            block_length=block_length,
+            diffusion_steps=canvas_length // block_length * min(max(steps, 1), block_length),
+            tokens_per_step=None,
+        )
 
     @property
     def steps_per_block(self) -> int:

@@ -14,6 +14,20 @@ from .config import DiffusionGenerationConfig
 from .denoising import Denoising
 
 
+class LogitsNotFinite(FloatingPointError):
+    """A model whose logits were NaN or infinite while it decoded `rows`: any token could have been drawn."""
+
+    what = "the model's logits are not finite while it decodes"
+
+    def __init__(self, rows: list[int]):
+        self.rows = rows
+        shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+        super().__init__(
+            f"{self.what}, in {len(rows)} row(s) of the batch: {shown}. Its weights may be damaged, or the run "
+            "that made them may have diverged; where float16 overflows, bfloat16 does not."
+        )
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -48,6 +62,7 @@ def generate(
 
     Raises:
         ValueError: a model that is no masked diffusion model, or an empty prompt for a shifted family.
+        LogitsNotFinite: NaN or infinite logits, found in the log-probs of what was drawn, once for the whole batch.
     """
     spec = spec or MaskedDiffusionSpec.from_model(model)
     prompt_mask = prompt_mask.bool()
@@ -71,4 +86,8 @@ def generate(
         while still_running(bool(state.active.any())):
             state.step()
         parts.append(state.rollout())
-    return Rollout.cat(parts)
+    rollout = Rollout.cat(parts)
+    broken = (~rollout.logps.isfinite()).any(dim=1).nonzero().squeeze(1).tolist()
+    if broken:
+        raise LogitsNotFinite(broken)
+    return rollout

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..models import Attention, ForwardFlops, Layout, apply_head, log_probs, restrict, unwrap, view_inputs
 from ..noise import Purpose, uniform
 from ..rollout import Rollout, count_until_eos, widen
-from .order import draw_tokens, measure, named, reveal, truncate
+from .order import choose, draw_tokens, measure, named, truncate
 
 
 def default_eos(model: nn.Module) -> tuple[int, ...]:
@@ -71,7 +71,7 @@ class Denoising:
             (row, position), value
         )
         count = self.schedule[self.taken_in_block[active].clamp(max=len(self.schedule) - 1)]
-        kept = reveal(measures, candidates, count, config.confidence_threshold)[row, position]
+        kept = choose(measures, candidates, count, config.confidence_threshold)[row, position]
         row, position = active[row[kept]], position[kept]
         self.tokens[row, position] = token[kept]
         self.logps[row, position] = logp[kept]
@@ -79,7 +79,7 @@ class Denoising:
         if self.support is not None and support is not None:
             self.support, support = widen([self.support, support[kept]])
             self.support[row, position] = support
-        self.reveal(row, position)
+        self.on_reveal(row, position)
         self.taken[active] += 1
         self.taken_in_block[active] += 1
         self._next_block(active)
@@ -119,7 +119,7 @@ class Denoising:
         self.flops += self.count_flops(len(ids), width, width, len(head_rows), together=len(ids) // len(rows))
         return apply_head(self.model, inputs, head_rows, reduce, *args)
 
-    def reveal(self, row: Tensor, position: Tensor) -> None:
+    def on_reveal(self, row: Tensor, position: Tensor) -> None:
         """Called with the positions that a step has revealed."""
 
     def _draw(self, rows: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

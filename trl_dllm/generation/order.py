@@ -69,12 +69,12 @@ def measure(remasking: str, log_p: Tensor, tokens: Tensor, uniform: Tensor) -> T
         return (log_p.exp() * log_p).sum(dim=-1)
     if remasking == "random":
         return uniform.to(log_p.dtype)
-    return torch.zeros_like(
-        uniform, dtype=log_p.dtype
-    )  # left_to_right: all equal, and ties go to the smaller position
+    if remasking == "left_to_right":  # all equal, and ties go to the smaller position
+        return torch.zeros_like(uniform, dtype=log_p.dtype)
+    raise ValueError(f"remasking={remasking!r} is unknown; choose one of {', '.join(MEASURES)}.")
 
 
-def reveal(measures: Tensor, candidates: Tensor, count: Tensor, threshold: float | None) -> Tensor:
+def choose(measures: Tensor, candidates: Tensor, count: Tensor, threshold: float | None) -> Tensor:
     """Positions to reveal, bool (B, W), among `candidates` (B, W).
 
     The `count` (B,) largest measures, ties to the smaller position; or, with a threshold, every measure above it and

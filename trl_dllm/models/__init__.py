@@ -7,7 +7,7 @@ Hub checkpoints without remote code.
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
-from .attention import NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
+from .attention import EVERYTHING, NEVER, Attention, Layout, attention_mask, order_levels, view_inputs
 from .dream import DreamConfig, DreamModel
 from .flops import FlopsCounter, ForwardFlops, PaperFlops, TrainingFlops, backbone_parameters, paper_flops
 from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, restrict, unwrap
@@ -17,6 +17,7 @@ from .tiny import FAMILIES, create_tiny_model
 
 
 __all__ = [
+    "EVERYTHING",
     "FAMILIES",
     "NEVER",
     "TILE_ROWS",

@@ -84,6 +84,12 @@ class LLaDAConfig(LlamaConfig):
     is_causal: bool = False
 
     def __post_init__(self, **kwargs):
+        if kwargs.get("num_experts"):
+            raise ValueError(
+                f"num_experts={kwargs['num_experts']} in a config of model_type='llada' is LLaDA-MoE, another "
+                "architecture, whose checkpoint would load here as a dense LLaDA with random weights and the wrong "
+                "mask token. It is not supported yet; use a dense LLaDA."
+            )
         for original, name in CONFIG_NAMES.items():
             value = kwargs.pop(original, None)
             if value is not None:

@@ -49,9 +49,9 @@ def main(args: argparse.Namespace) -> list:
         save_report,
     )
 
-    if args.cfg_scale:
-        raise SystemExit(f"cfg_scale={args.cfg_scale}: the estimators do not follow guidance; leave it at 0.")
     config = generation_config(args)
+    if config.cfg_scale:
+        raise SystemExit(f"cfg_scale={config.cfg_scale}: the estimators do not follow guidance; leave it at 0.")
     task = get_task(args.task)
     dataset = task.load(args.split, args.num_examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs)
     model, tokenizer = load_model(args)
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> list:
         rollout = replace(rollout, counted=rollout.revealed)
     estimators = default_estimators(rollout, MaskedDiffusionSpec.from_model(model).logits_shift, args.block_size)
     lines = likelihood_report(
-        model, rollout, estimators, exact=exact_estimator(args.decoding), batch_size=args.batch_size
+        model, rollout, estimators, exact=exact_estimator(config.decoding), batch_size=args.batch_size
     )
     mean = rollout.counted.sum(dim=1).float().mean().item()
     print_report(

@@ -9,7 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from ..fields import check_fields, check_kind, document_fields
-from ..generation import DecodingArguments, DiffusionGenerationConfig
+from ..generation import DecodingArguments, DiffusionGenerationConfig, decoding_of
 from ..likelihood import ESTIMATORS, Estimator
 from ..models import PaperFlops, paper_flops
 from ..rollout import Rollout
@@ -306,6 +306,10 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             eos_token_ids=eos_token_ids,
             **{f.name: getattr(self, f.name) for f in fields(DecodingArguments)},
         )
+
+    def known_decoding(self) -> dict[str, Any]:
+        """What is saved beside a trained model of how it was decoded."""
+        return decoding_of(self.generation_config())
 
     # What is computed on a generation batch, by the settings alone.
 

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer for masked diffusion language models.
 
-Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Four
-of its methods are overridden, here in the order in which a step meets them:
+Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Of
+its step four methods are overridden, here in the order in which they are met:
 
 - `_generate_and_score_completions`: the canvas and its trajectory are put beside each completion and travel with it,
   and so do the old and the reference policy's log-probs, which an estimator computes.
@@ -15,12 +15,12 @@ and nothing is remembered between the two calls.
 
 import copy
 import inspect
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -36,11 +36,13 @@ from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_
 from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
-from .buffer import from_batch, to_batch
+from .base import HOOKS, DiffusionTrainer
+from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
+from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .model_card import rewrite_quick_start
-from .reference import as_reference, reference_beside, reference_source
+from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
 from .rewards import give_trajectory
 from .segmented_backward import segmented_backward
 from .stock import (
@@ -61,17 +63,23 @@ _OVERRIDDEN: Interface = {
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_compute_loss": ("model", "inputs"),
+    "create_model_card": ("model_name", "dataset_name", "tags"),
+    **HOOKS,
 }
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
 
 
-class DiffusionGRPOTrainer(GRPOTrainer):
+class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     """
-    GRPO for masked diffusion language models (LLaDA, Dream, …), with d2's and d1's likelihoods.
+    GRPO for masked diffusion language models (LLaDA, Dream, …), with any likelihood of `trl_dllm.likelihood`.
 
     Takes the arguments of TRL's [`~trl.GRPOTrainer`] (except tools, environments and custom rollouts, which assume an
     autoregressive sampler) and, besides:
+
+    Logs beside TRL's metrics: `sampling/steps` that a completion took and `sampling/tokens_per_forward`, means over a
+    logging window; `flops` (counted) and `flops_paper` (d2's formula) since the run began; `kl` over the vocabulary if
+    `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and scorer if `old_logps="rollout"`.
 
     Args:
         args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
@@ -167,7 +175,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self._count_flops = TrainingFlops(self.model)
         self._parameters = backbone_parameters(self.model)
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
-        self._warn_about_save_steps()
 
     @property
     def _steps_per_generation(self) -> int:
@@ -179,15 +186,15 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """Micro-steps from one generation batch to the next."""
         return self._steps_per_generation * self.num_iterations
 
-    def _warn_about_save_steps(self) -> None:
-        cycle = self._cycle
-        if self.args.save_strategy == "steps" and self.args.save_steps * self.args.gradient_accumulation_steps % cycle:
-            warnings.warn(
-                f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run "
-                "resumed from it draws its completions anew. Multiples of "
-                f"{cycle // math.gcd(cycle, self.args.gradient_accumulation_steps)} resume exactly.",
-                stacklevel=3,
-            )
+    def process_state(self, folder: str) -> dict[str, Any]:
+        save_reference(self, folder)
+        return {"flops": self.flops.state_dict(), "cycle": cycle_state(self)}
+
+    def load_process_states(self, states: list[dict[str, Any]], folder: str) -> None:
+        load_reference(self, folder)
+        counters = [state["flops"] for state in states]
+        self.flops.load_state_dict({name: sum(c[name] for c in counters) for name in ("counted", "paper")})
+        load_cycle_state(self, states[0]["cycle"] if states else None)
 
     def train(self, *args, **kwargs):
         self.args.validate()  # again: options may have been set since
@@ -235,6 +242,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         )
         with (
             profiling_context(self, "diffusion.generate"),
+            rollout_of(self, prompt_ids),
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as model,
             torch.no_grad(),
             without_dropout(model),
@@ -317,7 +325,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return found
 
     def _batch_logps(self, model, rollout: Rollout) -> Tensor:
-        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where nobody counts."""
+        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where not counted."""
         args = self.args
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         views = self._num_views(rollout)
@@ -409,9 +417,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             return self._score_view(model, rollout, n, iteration, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
+            value = self._loss_of(scores, inputs, record)
             if record:
+                parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}
+                check_loss(self, value, rollout.prompt_ids, rollout.prompt_mask, parts)
                 self._record_mismatch(scores, rollout)
-            return self._loss_of(scores, inputs, record)
+            return value
 
         if views == 1 or not torch.is_grad_enabled():
             return loss(TokenScores.sum(map(score, range(views))), record=True)
@@ -454,10 +465,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         def backward(surrogate: Tensor) -> None:
             self.accelerator.backward(surrogate, **({"scale_wrt_gas": False} if deepspeed else {}))
 
-        elsewhere = None
+        unscored_logps = None
         if self._separable:
-            elsewhere = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
-        return segmented_backward(views, score, loss, backward, defer_sync, elsewhere)
+            unscored_logps = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
+        return segmented_backward(views, score, loss, backward, defer_sync, unscored_logps)
 
     # ------------------------------------------------------------------------------------------------------- metrics
 
@@ -474,6 +485,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self.flops.paper += paper.total
         totals = torch.tensor([[self.flops.counted, self.flops.paper]], dtype=torch.float64)
         totals = self.accelerator.gather(totals.to(self.accelerator.device)).sum(dim=0).tolist()
+        # Set and not appended: TRL averages a window's entries, and these are totals.
         metrics["flops"] = [totals[0]]
         metrics["flops_paper"] = [totals[1]]
 
@@ -505,4 +517,4 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """TRL's model card, with this library's way to generate instead of an autoregressive pipeline."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.sampling.max_new_tokens)
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())

@@ -11,6 +11,7 @@ Datasets, tokenisation, PEFT, quantisation, checkpoints and the distributed back
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,6 +25,8 @@ from ..likelihood.view import IGNORE
 from ..models import NEVER, Attention, MaskedDiffusionSpec
 from ..models.spec import check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
+from .base import HOOKS, DiffusionTrainer
+from .finite import check_loss
 from .model_card import rewrite_quick_start
 from .sft_config import DiffusionSFTConfig
 from .stock import (
@@ -42,6 +45,7 @@ _OVERRIDDEN: Interface = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
+    **HOOKS,
 }
 
 
@@ -184,7 +188,7 @@ def any_order_view(
 OBJECTIVES: dict[str, Callable[..., View]] = {"masked_diffusion": masked_diffusion_view, "any_order": any_order_view}
 
 
-class DiffusionSFTTrainer(SFTTrainer):
+class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
     """
     Supervised fine-tuning of masked diffusion language models (LLaDA, Dream, …): LLaDA Algorithm 2, d1's SFT.
 
@@ -284,6 +288,13 @@ class DiffusionSFTTrainer(SFTTrainer):
             if args.gradient_checkpointing:  # reentrant checkpointing gives no gradient behind frozen embeddings
                 self.model.enable_input_require_grads()
 
+    def process_state(self, folder: str) -> dict[str, Any]:
+        return {"num_tokens": self._total_train_tokens}
+
+    def load_process_states(self, states: list[dict[str, Any]], folder: str) -> None:
+        if states:
+            self._total_train_tokens = states[0]["num_tokens"]
+
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of an optimizer step and, as TRL's `num_items_in_batch`, their rows over all processes."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
@@ -322,6 +333,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         else:  # DDP and DeepSpeed average gradients over processes, and this is a sum over them
             loss = loss * self.accelerator.num_processes / num_items_in_batch
         self._record(view, answer, scores, inputs["attention_mask"])
+        check_loss(self, loss, inputs["input_ids"], inputs["attention_mask"], {"log_probs": scores.logps})
         return (loss, scores) if return_outputs else loss
 
     @torch.no_grad()
@@ -347,8 +359,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         """TRL's model card, with this library's way to generate."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            canvas_length = self.args.canvas_length or 256
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, canvas_length)
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())
 
 
 def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
