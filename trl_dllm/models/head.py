@@ -90,14 +90,25 @@ def hidden_rows(model: nn.Module, inputs: dict, rows: Tensor) -> Tensor:
         return model(**{"use_cache": False, **inputs}).logits
 
 
+_redirections: list[Callable[[Tensor], Tensor]] = []  # of the calls that are running, the innermost last
+
+
+@torch.compiler.disable
+def _redirected(hidden: Tensor) -> Tensor:
+    """The forward of every redirected head: under torch.compile it has to be one and the same object."""
+    return _redirections[-1](hidden)
+
+
 @contextmanager
-def _redirect(module: nn.Module, forward: Callable):
+def _redirect(module: nn.Module, forward: Callable[[Tensor], Tensor]):
     """Replace `module.forward` during a call; what was there before (a method, TRL's fp32 cast) returns."""
     before = module.__dict__.get("forward")
-    module.forward = forward
+    module.forward = _redirected
+    _redirections.append(forward)
     try:
         yield
     finally:
+        _redirections.pop()
         if before is None:
             del module.forward
         else:
