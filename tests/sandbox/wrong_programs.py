@@ -439,8 +439,8 @@ OTHERS = {
     "a long number": "def f(x): return 10**(10**6)\n",
     "a number too long": "def f(x): return 1 << (1 << 30)\n",
     "a long text": ("def f(x): return 'x' * (100 << 20)\n", "assert f(1) == 'x'\n"),
-    "a long list": ("def f(x): return [None] * (7 << 20)\n", LISTS),
-    "many small lists": ("def f(x): return [[] for _ in range(10**6)]\n", LISTS),
+    "a long list": ("def f(x): return [None] * (2 << 20)\n", LISTS),
+    "many small lists": ("def f(x): return [[] for _ in range(300_000)]\n", LISTS),
     "a deep list": (
         """
             def f(x):

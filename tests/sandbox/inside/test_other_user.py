@@ -6,6 +6,7 @@ import pytest
 from helpers_inside import start_caller
 
 from trl_dllm.sandbox.inside import other_user
+from trl_dllm.sandbox.inside.folders import remove_folder
 from trl_dllm.sandbox.inside.other_user import elsewhere, kill_all
 
 
@@ -30,6 +31,28 @@ def test_a_killed_caller_leaves_nothing():
         time.sleep(0.05)
 
 
+def test_a_killed_monitor_takes_its_program_along():
+    before, files = set(attacks.leftovers()), attacks.left_files()
+    caller = start_caller("uid", "import time\ntime.sleep(300)")
+    deadline = time.monotonic() + 20
+    while not (program := set(attacks.leftovers()) - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    for pid in program:
+        with open(f"/proc/{pid}/stat") as file:
+            monitor = int(file.read().split()[3])
+        os.kill(monitor, 9)
+    while program & set(attacks.leftovers()):
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.05)
+    caller.kill()  # which has started another one
+    while set(attacks.leftovers()) - before:
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.05)
+    for path in attacks.left_files() - files:  # nobody was left to remove it
+        remove_folder(path)
+
+
 def test_without_landlock_what_is_left_elsewhere_is_counted_and_removed():
     code = (
         "import os, time\nopen(f'/tmp/trl-dllm-test-{os.getpid()}', 'w').close()\n"
@@ -40,8 +63,9 @@ def test_without_landlock_what_is_left_elsewhere_is_counted_and_removed():
     answer, _ = caller.communicate()
     assert "passed=True" in answer and "written" in answer
     assert attacks.left_files() == before
-    big = "for i in range(10):\n    with open(f'/tmp/trl-dllm-test-{i}', 'wb') as f: f.write(bytes(8 << 20))\n"
-    caller = start_caller("uid", big + "import time\ntime.sleep(60)", WITHOUT_LANDLOCK)
+    big = "open(f'/tmp/trl-dllm-test-{os.getpid()}-{i}', 'wb') as f: f.write(bytes(8 << 20))\n"
+    code = f"import os, time\nfor i in range(10):\n    with {big}time.sleep(60)"
+    caller = start_caller("uid", code, WITHOUT_LANDLOCK)
     answer, _ = caller.communicate()
     assert "reason='disk'" in answer
     assert attacks.left_files() == before

@@ -2,6 +2,7 @@
 
 import marshal
 import os
+import signal
 from collections.abc import Sequence
 from resource import RLIMIT_NPROC
 
@@ -11,7 +12,7 @@ from .landlock import restrict_files
 from .limits import limit, limit_this_process
 from .request import Request
 from .sources import SOURCES
-from .syscalls import PR_CAPBSET_DROP, PR_SET_THP_DISABLE, prctl
+from .syscalls import PR_CAPBSET_DROP, PR_SET_PDEATHSIG, PR_SET_THP_DISABLE, prctl
 
 
 MODULES = {  # what each runner needs, itself last
@@ -62,6 +63,8 @@ def become_program(
         os.setresuid(uid, uid, uid)
     if request.kind == "uid":
         restrict_files([*python_paths(), "/dev/zero", "/dev/random", "/dev/urandom"], [request.work, "/dev/null"])
+    # Should the monitor itself be killed, this one ends with it. (In a PID namespace, so does all that it starts.)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not install_filter(new_processes):
         os._exit(NO_FILTER)
     # exec without uid 0 and with no_new_privs clears what is left of the capabilities.
