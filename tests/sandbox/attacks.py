@@ -299,6 +299,23 @@ MEMORY_ATTACKS = {
     "rings of the kernel": "assert c.syscall(ctypes.c_long(425), 8, ctypes.create_string_buffer(200)) >= 0",
     "ring of asynchronous files": "assert c.syscall(ctypes.c_long(206), 64, ctypes.byref(ctypes.c_ulong(0))) == 0",
     "locked memory": "assert c.mlockall(3) == 0",
+    "mappings of many": """
+        p = take(200 * MiB, 0x22)
+        for i in range(0, 200 * MiB, 2 * 4096):
+            if c.mprotect(ctypes.c_void_p(p + i), ctypes.c_size_t(4096), 1): break
+        for _ in range(31):
+            if os.fork() == 0: time.sleep(60)
+        end()
+    """,
+    "memory swapped out": """
+        p = take(MiB, 0x22); touch(p, MiB)
+        assert c.madvise(ctypes.c_void_p(p), ctypes.c_size_t(MiB), 21) == 0
+    """,
+    "events that nobody reads": "assert c.inotify_init1(0) >= 0",
+    "events of files": "assert c.fanotify_init(0x200, 0) >= 0",
+    "rules about files": "assert c.syscall(ctypes.c_long(444), (ctypes.c_uint64 * 1)(1), ctypes.c_size_t(8), 0) >= 0",
+    "filters of its own": "assert c.syscall(ctypes.c_long(317), 2, 0, ctypes.byref(ctypes.c_uint32(0x7FFF0000))) == 0",
+    "locks": "import fcntl\nf = open('f', 'w')\nfor i in range(10): fcntl.lockf(f, fcntl.LOCK_EX, 1, 2 * i)",
     "a limit raised": "import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
 }
 
@@ -360,6 +377,23 @@ FILE_ATTACKS = {
         a, b = socket.socketpair()
         f = os.open('f', os.O_CREAT | os.O_RDWR)
         socket.send_fds(a, [b'x'], [f])
+    """,
+    "unlinked files, kept by rules": """
+        import ctypes, os, struct, time
+        call, n = ctypes.CDLL(None).syscall, ctypes.c_long
+        rules = call(n(444), struct.pack('Q', 4), ctypes.c_size_t(8), 0)
+        assert rules >= 0
+        for i in range(20):
+            f = os.open('f', os.O_CREAT | os.O_RDWR); os.write(f, bytes(8 << 20))
+            call(n(445), rules, 1, struct.pack('=Qi', 4, f), 0)
+            os.close(f); os.unlink('f')
+        time.sleep(0.5)
+    """,
+    "attributes of files": """
+        import os
+        for i in range(100):
+            open(f'f{i}', 'w').close()
+            os.setxattr(f'f{i}', 'user.x', bytes(4000))
     """,
     "files of a thread of its own": """
         import ctypes, threading

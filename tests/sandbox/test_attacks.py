@@ -1,3 +1,9 @@
+"""
+Attacks, and wrong and right programs, in each kind of sandbox, as root and as an ordinary user.
+
+All of them, and how many there were: `pytest tests/sandbox/test_attacks.py -m "slow or not slow" -s`.
+"""
+
 import json
 import os
 import shutil
@@ -21,9 +27,6 @@ PACKAGE = Path(trl_dllm.sandbox.__file__).parent
 SECRET = "TRL_DLLM_TEST_SECRET_7f3a"
 MARGIN_OF_A_CORE = 64 << 20  # bytes that may be taken between two looks, as `sandbox` states it
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-
-
-# Attacks, in each kind of sandbox, as root and as an ordinary user
 
 
 # The kind that most machines use, for the user with whom it is harder to get right, is tried every time with all
@@ -129,7 +132,10 @@ def attacked(request, tmp_path_factory, sandbox):
     while before & set(attacks.leftovers()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not before & set(attacks.leftovers())
-    return {"kind": kind, **answer}
+    counts = [len(of(answer, group)) for group in (attacks.PROGRAMS, wrong_programs.WRONG)]
+    counts.append(len(answer["results"]) - sum(counts))
+    print("\n{}, {}: {} attacks, {} wrong programs, {} right ones and controls".format(user, kind, *counts), end=" ")
+    return answer
 
 
 def of(attacked, names):

@@ -81,6 +81,7 @@ def test_outside(test):
         ("assert eval('f(1)') == f(1)", "uses eval"),
         ("with f(1) as x:\n    assert x", "With"),
         ("try:\n    f(1)\nexcept ValueError:\n    pass", "Try"),
+        ("match f(1):\n    case 2: pass\n    case _: assert False", "Match"),
         ("class A: pass\nassert f(1) == 2", "ClassDef"),
         ("def g():\n    yield f(1)\nassert list(g()) == [1]", "Yield"),
         ("assert f(1) ==", "not Python"),

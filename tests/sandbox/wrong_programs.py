@@ -434,6 +434,11 @@ OTHERS = {
     "an exception with a long text": "def f(x): raise ValueError('x' * 10**8)\n",
     "an exception with a strange text": "def f(x): raise ValueError('\\ud800')\n",
     "stop of an iteration": ("def f(x): raise StopIteration\n", LOOP),
+    "stop of all iterations": ("def f(x): raise StopIteration\n", "assert all(map(lambda y: f(2) == y, [4, 4]))\n"),
+    "stop of a comparison": (
+        "def f(x): raise StopIteration\n",
+        "for found, value in zip(map(lambda x: f(x), [2, 3]), [4, 9]):\n    assert found == value\n",
+    ),
     "no memory": "def f(x): raise MemoryError\n",
     # Large answers
     "a long number": "def f(x): return 10**(10**6)\n",

@@ -33,9 +33,9 @@ FORBIDDEN_NAMES = {
     *("getattr", "globals", "hasattr", "help", "id", "input", "locals", "memoryview", "object", "open", "property"),
     *("quit", "setattr", "staticmethod", "super", "vars"),
 }
-FORBIDDEN_NODES = (
+FORBIDDEN_NODES: tuple[type[ast.AST], ...] = (
     *(ast.AsyncFor, ast.AsyncFunctionDef, ast.AsyncWith, ast.Await, ast.ClassDef, ast.Delete, ast.Global),
-    *(ast.Nonlocal, ast.Try, ast.With, ast.Yield, ast.YieldFrom),
+    *(ast.Match, ast.Nonlocal, ast.Try, getattr(ast, "TryStar", ast.Try), ast.With, ast.Yield, ast.YieldFrom),
 )
 DATA_TYPES = (int, float, complex, str, bytes, list, tuple, set, frozenset, dict, range)
 ATTRIBUTES = RANDOM_NUMBERS | {name for kind in DATA_TYPES for name in dir(kind) if not name.startswith("_")}

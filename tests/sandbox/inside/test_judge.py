@@ -49,7 +49,8 @@ def test_exceptions(program):
 
 
 @pytest.mark.parametrize(
-    "name", ["SystemExit", "KeyboardInterrupt", "BaseException", "print", "__import__", "", "A.B"]
+    "name",
+    ["SystemExit", "KeyboardInterrupt", "BaseException", "StopIteration", "StopAsyncIteration", "print", "", "A.B"],
 )
 def test_no_other_exception_comes_from_outside(name):
     assert type(exception(name, "x")) is CandidateError

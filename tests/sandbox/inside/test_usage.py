@@ -74,6 +74,12 @@ def test_memory(tree):
     assert processes.memory([]) == 0 == processes.memory(["999999999"])
 
 
+def test_empty_pages_count_as_what_the_kernel_may_need_for_them(tree, monkeypatch):
+    processes, _ = tree
+    monkeypatch.setattr(processes, "_read", lambda path: "1000 100 40 1 0 99 0")  # all pages, touched, in files
+    assert processes.memory(["1", "2"]) == 2 * (60 * os.sysconf("SC_PAGE_SIZE") + 900 * 256)
+
+
 def test_open_files(tree):
     processes, pids = tree
     found = processes.open_files(pids)

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from .files import python_paths
+from .files import DEVICES, python_paths
 from .monitor import Surroundings, monitor
 from .request import MAX_BYTES, Limits, Report, Request, read_report, write_report
 from .sources import SOURCES
@@ -15,7 +15,6 @@ from .wire import decode, encode
 
 FLAGS = "--unshare-all --unshare-user --die-with-parent --new-session --as-pid-1 --clearenv --uid 1000 --gid 1000"
 START = 'import sys; sys.path.insert(0, "/sandbox"); from inside.bubblewrap import main_inside; main_inside()'
-WRITABLE = ("/dev/shm", "/work")
 
 
 def run_in_bubblewrap(request: Request) -> Report:
@@ -49,20 +48,19 @@ def run_in_bubblewrap(request: Request) -> Report:
 
 
 def arguments(limits: Limits, sources: list[tuple[str, int]]) -> list[str]:
-    """bwrap's arguments: Python's folders read-only, two small file systems to write to, and this package's files."""
-    words = [*FLAGS.split(), "--cap-drop", "ALL", "--proc", "/proc", "--dev", "/dev"]
+    """bwrap's arguments: Python's folders read-only, a small file system to write to, and this package's files."""
+    words = [*FLAGS.split(), "--cap-drop", "ALL", "--proc", "/proc"]
+    for path in DEVICES:
+        words += ["--dev-bind", path, path]
     for path in python_paths():
         if os.path.islink(path) and path.count("/") == 1:
             words += ["--symlink", os.readlink(path), path]
         else:
             words += ["--ro-bind", path, path]
-    for folder in WRITABLE:
-        words += ["--size", str(limits.disk_bytes), "--tmpfs", folder]
+    words += ["--size", str(limits.disk_bytes), "--tmpfs", "/work"]
     for name, fd in sources:
         words += ["--ro-bind-data", str(fd), f"/sandbox/inside/{name}.py"]
-    for folder in ("/", "/dev"):  # both are file systems in memory, of no size
-        words += ["--remount-ro", folder]
-    return [*words, "--chdir", "/"]
+    return [*words, "--remount-ro", "/", "--chdir", "/"]  # the root is a file system in memory, of no size
 
 
 def main_inside() -> None:
@@ -76,5 +74,5 @@ def main_inside() -> None:
 
 
 def too_many_files(pids: list[str]) -> int:
-    """bwrap limits their size but not their number."""
-    return TOO_MUCH if max(inodes_used(folder) for folder in WRITABLE) > MAX_INODES else 0
+    """bwrap limits the files' size but not their number."""
+    return TOO_MUCH if inodes_used("/work") > MAX_INODES else 0

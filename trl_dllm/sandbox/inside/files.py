@@ -20,6 +20,9 @@ from .syscalls import (
 from .usage import MAX_INODES
 
 
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+
 def python_paths() -> list[str]:
     """Folders and files that an interpreter without site-packages needs, each below no other."""
     wanted = ["/usr", "/bin", "/lib", "/lib64", "/lib32", "/etc/ld.so.cache", "/nix/store", "/gnu/store"]
@@ -47,7 +50,7 @@ def build_root(limits: Limits, uid: int | None, gid: int | None) -> None:
     root = next(path for path in ("/sys", "/mnt", "/tmp") if os.path.isdir(path))  # private: nobody else sees it
     paths = python_paths()
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={limits.disk_bytes},nr_inodes={MAX_INODES},mode=755")
-    for path in [*paths, "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]:
+    for path in [*paths, *DEVICES]:
         target = root + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.islink(path) and path.count("/") == 1:

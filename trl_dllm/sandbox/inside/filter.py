@@ -3,7 +3,8 @@ The system-call filter, in classic BPF: what a program may not ask the kernel fo
 
 Besides what reaches out of the sandbox, these are the calls that take memory which no limit counts. A page that is
 shared between processes, or that the program has unmapped but not freed, belongs to no process; so nothing may be
-mapped as shared, and what a socket or a pipe can hold stays as small as it is.
+mapped as shared, and what a socket or a pipe can hold stays as small as it is. Nor does what the kernel itself has to
+remember: events that nobody reads, rules, locks and attributes of files.
 """
 
 import ctypes
@@ -16,8 +17,10 @@ from .syscalls import CLONE_FLAGS, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column below, name in the kernel
 
-# name: (number on x86_64, on aarch64)
-DENIED = {
+Numbers = dict[str, tuple[int | None, int | None]]
+
+# name: (number on x86_64, on aarch64), None where it has none
+DENIED: Numbers = {
     "socket": (41, 198),
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
@@ -52,11 +55,24 @@ DENIED = {
     "setsockopt": (54, 208),
     "sendmsg": (46, 211),
     "sendmmsg": (307, 269),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "seccomp": (317, 277),
+    "landlock_create_ruleset": (444, 444),  # its rules keep files that are deleted, too
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "process_madvise": (440, 440),
 }
-NEW_PROCESS = {"fork": (57, None), "vfork": (58, None)}
-NO_SUCH_CALL = {"clone3": (435, 435)}  # its flags lie in memory, where no filter can read them; libc falls back
+NEW_PROCESS: Numbers = {"fork": (57, None), "vfork": (58, None)}
+NO_SUCH_CALL: Numbers = {
+    "clone3": (435, 435)
+}  # its flags lie in memory, where no filter can read them; libc falls back
 
-MAP_SHARED, MAP_HUGETLB, F_SETPIPE_SZ, CLOSE_RANGE_UNSHARE = 0x1, 0x40000, 1031, 2
+MAP_SHARED, MAP_HUGETLB, MADV_PAGEOUT, CLOSE_RANGE_UNSHARE = 0x1, 0x40000, 21, 2
+F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, F_SETPIPE_SZ = 6, 7, 37, 38, 1031
 CLONE, CLONE_FILES, CLONE_THREAD = (56, 220), 0x400, 0x10000
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -83,7 +99,10 @@ RULES = [
     Rule((9, 222), 3, ANY_BIT, MAP_SHARED | MAP_HUGETLB),  # mmap
     Rule((157, 167), 0, EQUAL, PR_SET_DUMPABLE),  # prctl: a process that cannot be looked into cannot be counted
     Rule((157, 167), 0, EQUAL, PR_SET_THP_DISABLE),
-    Rule((72, 25), 1, EQUAL, F_SETPIPE_SZ),  # fcntl
+    Rule((28, 233), 2, EQUAL, MADV_PAGEOUT),  # madvise: what is swapped out is not counted
+    *(
+        Rule((72, 25), 1, EQUAL, what) for what in (F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, F_SETPIPE_SZ)
+    ),  # fcntl
     Rule((436, 436), 2, ANY_BIT, CLOSE_RANGE_UNSHARE),  # close_range: a thread's files are its process's
     Rule(CLONE, 0, ANY_BIT, CLONE_THREAD, but=CLONE_FILES),
     Rule(CLONE, 0, ANY_BIT, CLONE_FLAGS["user"]),  # a nested user namespace would give the program capabilities
@@ -109,14 +128,12 @@ def filter_program(new_processes: bool = True) -> bytes | None:
     code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL_PROCESS), (LOAD, 0, 0, 0)]
     if column == 0:  # the x32 numbers are other names for the same calls
         code += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, ERROR | EPERM)]
-    denied = [(numbers[column], EPERM) for numbers in DENIED.values()]
-    denied += [(numbers[column], ENOSYS) for numbers in NO_SUCH_CALL.values()]
-    if not new_processes:
-        denied += [
-            (number, EPERM) for number in (names[column] for names in NEW_PROCESS.values()) if number is not None
-        ]
-    for number, error in denied:
-        code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ERROR | error)]
+    denied = [(numbers, EPERM) for numbers in (DENIED if new_processes else DENIED | NEW_PROCESS).values()]
+    denied += [(numbers, ENOSYS) for numbers in NO_SUCH_CALL.values()]
+    for numbers, error in denied:
+        number = numbers[column]
+        if number is not None:
+            code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, ERROR | error)]
     for rule in RULES if new_processes else [*RULES, NO_NEW_PROCESS]:
         code += _instructions(rule, column)
     code += [(RETURN, 0, 0, ALLOW)]

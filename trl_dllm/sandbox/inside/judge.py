@@ -49,9 +49,12 @@ class StandIn:
 
 
 def exception(name: str, text: str) -> Exception:
-    """An exception of the built-in class `name`; no exit, and no other `BaseException`, can be raised from outside."""
+    """
+    An exception of the built-in class `name`, if it is one that nothing but `except` catches: no exit, no other
+    `BaseException`, and no end of an iteration, which would end a loop of the test over calls before it has compared.
+    """
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (StopIteration, StopAsyncIteration):
         try:
             return kind(text)
         except TypeError:  # it needs other arguments

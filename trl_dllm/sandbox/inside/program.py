@@ -6,7 +6,7 @@ import signal
 from collections.abc import Sequence
 from resource import RLIMIT_NPROC
 
-from .files import python_paths
+from .files import DEVICES, python_paths
 from .filter import install_filter
 from .landlock import restrict_files
 from .limits import limit, limit_this_process
@@ -62,7 +62,7 @@ def become_program(
     if uid is not None:
         os.setresuid(uid, uid, uid)
     if request.kind == "uid":
-        restrict_files([*python_paths(), "/dev/zero", "/dev/random", "/dev/urandom"], [request.work, "/dev/null"])
+        restrict_files([*python_paths(), *DEVICES], [request.work, "/dev/null"])
     # Should the monitor itself be killed, this one ends with it. (In a PID namespace, so does all that it starts.)
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not install_filter(new_processes):

@@ -12,6 +12,7 @@ from .limits import OPEN_FILES
 
 PIPE_BYTES = 64 << 10  # what one holds at most, as long as F_SETPIPE_SZ is denied
 SOCKET_BYTES = 512 << 10  # twice the usual size of what one may send unread, as long as setsockopt is denied
+EMPTY_PAGE_BYTES = 256  # what the kernel needs at most for one that was never touched: if each is a mapping of its own
 MAX_INODES = 8192  # files and folders on a file system in memory; more of them count as too much
 MAX_ENTRIES = 1024  # likewise in a folder on a disk, where removing one may take milliseconds
 MAX_LEVELS = 128  # of folders in each other, likewise
@@ -56,15 +57,15 @@ class ProcessTree:
 
     def memory(self, pids: list[str]) -> int:
         """
-        Memory of the processes that is in no file, in bytes.
+        Memory of the processes that is in no file, in bytes, and what the kernel may need for their empty pages.
 
         What two of them still share from their `fork` counts for both. Nothing else is shared: see `filter`.
         """
         page, total = resource.getpagesize(), 0
         for pid in pids:
-            with contextlib.suppress(OSError, IndexError):
-                fields = self._read(f"{pid}/statm").split()
-                total += (int(fields[1]) - int(fields[2])) * page
+            with contextlib.suppress(OSError, ValueError):
+                size, resident, in_files = map(int, self._read(f"{pid}/statm").split()[:3])
+                total += (resident - in_files) * page + (size - resident) * EMPTY_PAGE_BYTES
         return total
 
     def open_files(self, pids: list[str]) -> OpenFiles:
