@@ -253,7 +253,10 @@ MEMORY_ATTACKS = {
     """,
     "memory of threads": """
         import threading
-        def hog(): x = bytearray(60 << 20); time.sleep(60)
+        def hog():
+            try: x = bytearray(60 << 20)
+            except MemoryError: os._exit(1)
+            time.sleep(60)
         for _ in range(20): threading.Thread(target=hog).start()
     """,
     "memory in sockets": """
