@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 import time
@@ -70,8 +71,9 @@ def test_timeout_is_kept():
 
 @pytest.mark.parametrize("name", ["timeout", "memory_bytes", "file_bytes", "disk_bytes", "processes", "output_bytes"])
 def test_wrong_limits(name):
-    with pytest.raises(ValueError, match=name):
-        run_program("", **{name: 0})
+    for value in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"{name} must be a positive number, got {value}"):
+            run_program("", **{name: value})
 
 
 def test_run_many_keeps_the_order():

@@ -11,9 +11,10 @@ process can. What is guaranteed against it, and by what:
 - **Memory.** Each process has `memory_bytes` of address space. A monitor adds up what they all have, often enough that
   the sum exceeds the limit by no more than 64 MiB a CPU core before they are killed (8 MiB were measured on two). What
   belongs to no process, and so would not be counted, cannot be had: the system-call filter refuses shared mappings of
-  any kind, anonymous files, System V segments, huge pages and larger pipes and sockets. (So there is no
-  `multiprocessing.Lock`, `Queue` or `Pool`, and `mmap` needs MAP_PRIVATE.) Where processes cannot be counted, a
-  program gets only one.
+  any kind, anonymous files, System V segments, huge pages, larger pipes and sockets, and what the kernel would have to
+  remember for the program, such as locks and events of files. (So there is no `multiprocessing.Lock`, `Queue` or
+  `Pool`, no SQLite database in a file, and `mmap` needs MAP_PRIVATE.) Where processes cannot be counted, a program
+  gets only one.
 - **Files.** In namespaces the program has a file system of its own, in memory and of `disk_bytes`: that counts deleted
   files that are still open, too. Under a user id of its own the monitor adds up what lies in the working directory and
   what was deleted and is open or mapped. Nothing stays behind.

@@ -1,5 +1,6 @@
 """Running programs in a sandbox of a kind that works here."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,12 +94,9 @@ def run_program(
         output_bytes: how much of stdout, and of stderr, is kept; the rest is read and dropped.
         sandbox: "auto", or one of `SANDBOXES`.
 
-    Raises `SandboxUnavailable` where no sandbox can be made and `ValueError` for limits that are not positive.
+    Raises `SandboxUnavailable` where no sandbox can be made and `ValueError` for limits that are not positive numbers.
     """
-    limits = Limits(timeout, memory_bytes, file_bytes, disk_bytes, processes, output_bytes)
-    for name, value in limits._asdict().items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+    limits = _checked(Limits(timeout, memory_bytes, file_bytes, disk_bytes, processes, output_bytes))
     return _run(choose_sandbox(sandbox), limits, Run("script", [code], stdin))
 
 
@@ -118,10 +116,7 @@ def run_trial(trial: Trial, sandbox: str = "auto", **limits: Any) -> ExecutionRe
     form = form_of(trial.setup, trial.test, trial.entry_point)
     if form.entry_point is None:
         return run_program(trial.script, sandbox=sandbox, **limits)
-    checked = DEFAULT_LIMITS._replace(**limits)
-    for name, value in checked._asdict().items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+    checked = _checked(DEFAULT_LIMITS._replace(**limits))
     candidate = Run("candidate", [trial.program, form.entry_point])
     judge = Run("judge", [trial.setup, trial.test, form.entry_point])
     return _run(choose_sandbox(sandbox), checked, candidate, judge)
@@ -162,9 +157,15 @@ def _several(
         return list(pool.map(run, items))
 
 
+def _checked(limits: Limits) -> Limits:
+    for name, value in limits._asdict().items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value}.")
+    return Limits(float(limits.timeout), *(int(value) for value in limits[1:]))
+
+
 def _run(kind: str, limits: Limits, *runs: Run) -> ExecutionResult:
     judged = "inside" if len(runs) == 1 else "outside"
-    limits = Limits(float(limits.timeout), *(int(value) for value in limits[1:]))
     try:
         reports = _launch_twice(kind, limits, runs)
     except SandboxUnavailable as error:
