@@ -74,6 +74,9 @@ def test_outside(test):
         # what is no value
         ("import io\nassert f(1) == 2", "imports io"),
         ("import os.path\nassert f(1) == 2", "imports os.path"),
+        ("from collections import deque\nassert f(1) == deque([2])", "imports collections"),
+        ("assert f(slice(1)) == [2]", "uses slice"),
+        ("assert type(f(1)) == int", "uses type"),
         ("from sys import stdout\nassert f(1) == 2", "imports sys"),
         ("from . import x\nassert f(1) == 2", "a file beside it"),
         ("from math import *\nassert f(1) == 2", r"imports \*"),

@@ -561,10 +561,7 @@ RIGHT = {
             from collections import OrderedDict
             def f(x): return OrderedDict(x)
         """,
-        """
-            from collections import OrderedDict
-            assert f([(1, 2)]) == OrderedDict([(1, 2)])
-        """,
+        "assert f([(1, 2)]) == {1: 2}\n",
     ),
     "a member of an enumeration": (
         """
@@ -743,6 +740,35 @@ INSIDE = {
         "assert f(P(3)) == 3\n",
     ),
     "a function as argument": ("def f(g, x): return g(x)\n", "assert f(lambda x: x + 1, 2) == 3\n"),
+    "a deque of the test": (
+        """
+            from collections import deque
+            def f(x): return deque(range(x))
+        """,
+        """
+            from collections import deque
+            assert f(3) == deque([0, 1, 2])
+        """,
+    ),
+    "a date": (
+        """
+            import datetime
+            def f(d): return d + datetime.timedelta(days=1)
+        """,
+        """
+            import datetime
+            assert f(datetime.date(2020, 2, 29)) == datetime.date(2020, 3, 1)
+        """,
+    ),
+    "a decimal of the test": (
+        "def f(x): return x / 2\n",
+        """
+            from decimal import Decimal
+            assert f(Decimal('1')) == Decimal('0.5')
+        """,
+    ),
+    "its very type": ("def f(x): return x\n", "assert type(f(1)) == int\n"),
+    "a slice": ("def f(x): return [1, 2, 3][x]\n", "assert f(slice(1, 3)) == [2, 3]\n"),
     "an attribute": (
         """
             class P:
