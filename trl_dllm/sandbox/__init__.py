@@ -3,6 +3,9 @@
     result = run_trial(Trial("def double(x): return 2 * x", "assert double(3) == 6", script=""))
     result.passed, result.reason, result.judged
 
+There are three kinds of sandbox, and the first that works is taken: bubblewrap; namespaces, made here, which needs no
+helper; and for root, where no namespaces can be made, a user id of its own ("uid").
+
 Who is trusted: the caller, and the tests, which come with the data. Who is not: the program. It may do anything that a
 process can. What is guaranteed against it, and by what:
 
@@ -24,8 +27,8 @@ process can. What is guaranteed against it, and by what:
   empty program does not run either.
 - **A wrong program does not pass a test that is judged outside** (`judged == "outside"`). The test then runs in a
   sandbox of its own, and its calls of the program go through a channel that carries data of a few types only (see
-  `inside.wire`); the expected values never leave the test's process, and no code of the program enters it. Of
-  HumanEval and MBPP every test is of that form. What decides is the test's source alone (`form`).
+  `inside.wire`); the expected values never leave the test's process, and no code of the program enters it. Every test
+  of HumanEval and MBPP is of that form. What decides is the test's source alone (`form`).
 
 What is not guaranteed:
 
@@ -34,9 +37,9 @@ What is not guaranteed:
 - A program sees the arguments it is called with, may know answers by heart, and may behave differently when tested.
 - A bug in the kernel. On a busy machine the monitor may look later than it meant to. Programs share the CPU with the
   caller, and N trials at a time may take 2 N times `memory_bytes`, half of it for the tests.
-- The kind "uid" (root, where no namespaces can be made, as in many containers) on a kernel without Landlock: the
-  program reads what any user may read, data sets with the answers among it, and writes where any user may write; only
-  what it leaves in /tmp, /var/tmp and /dev/shm is counted and removed.
+- The kind "uid" on a kernel without Landlock: the program reads what any user may read, data sets with the answers
+  among it, and writes where any user may write; only what it leaves in /tmp, /var/tmp and /dev/shm is counted and
+  removed.
 - Linux only, on x86_64 and aarch64: elsewhere there is no sandbox, and without one nothing runs.
 
 Nothing here runs unasked: rewards that need it want `allow_code_execution=True` or TRL_DLLM_ALLOW_CODE_EXECUTION=1.
