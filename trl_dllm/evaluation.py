@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from .generation import DiffusionGenerationConfig, generate
-from .models import MaskedDiffusionSpec
+from .models import MaskedDiffusionSpec, unwrap
+from .models.spec import check_positions
 from .noise import Purpose, hash64
 from .rollout import Rollout
 from .tasks import Task
@@ -148,6 +149,9 @@ def evaluate(
         _open(folder, settings)
     state.wait_for_everyone()
     start, spec = time.time(), MaskedDiffusionSpec.from_model(model, tokenizer)
+    tokens = tokenize_prompts(tokenizer, [row["prompt"] for row in dataset], prefill)[1].sum(dim=1).tolist()
+    for row, length in enumerate(tokens):  # before hours have gone into the rows before it
+        check_positions(unwrap(model).config, length, config.max_new_tokens, "max_new_tokens", f"row {row}: ")
     draws = [(row, sample) for row in range(len(dataset)) for sample in range(num_samples)]
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
     todo = [] if (folder / GENERATIONS).exists() else range(state.process_index, len(batches), state.num_processes)
@@ -196,7 +200,13 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
     folder.mkdir(parents=True, exist_ok=True)
     records, columns = [], []
     for number, stored_record in enumerate(_read(Path(stored))):
-        row, text = task.stored_row(stored_record), stored_record["generations"]
+        try:
+            row, text = task.stored_row(stored_record), stored_record["generations"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{stored}, line {number + 1}, has no {error}: a line is a mapping of question, generations and "
+                "ground_truth."
+            ) from error
         columns.append(row)
         text = text[0] if isinstance(text, list) else text
         records.append({"row": number, "completion": text, **score(text, row)})
@@ -246,8 +256,14 @@ def _parser(task: Task, name: str):
 
 
 def _read(path: Path) -> list[dict]:
-    with path.open() as file:
-        return [json.loads(line) for line in file]
+    records = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}.") from error
+    return records
 
 
 def _write(path: Path, records: list[dict]) -> None:

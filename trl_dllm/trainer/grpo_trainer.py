@@ -33,14 +33,17 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from ..generation import generate
 from ..likelihood import Estimator, TokenScores, check_estimator, counted_view, perturb_prompt, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
+from ..models.lora import register_lora_targets
 from ..models.spec import check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
 from .buffer import from_batch, to_batch
+from .data import check_grpo_data, check_steps, check_text
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .model_card import rewrite_quick_start
 from .reference import as_reference, reference_beside, reference_source
+from .rewards import checked_rewards
 from .segmented_backward import segmented_backward
 from .stock import (
     Interface,
@@ -62,6 +65,8 @@ _OVERRIDDEN: Interface = {
 }
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
+
+register_lora_targets()
 
 
 class DiffusionGRPOTrainer(GRPOTrainer):
@@ -125,6 +130,14 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         self.estimator = estimator if estimator is not None else args.build_estimator()
         self.estimator.check(self.spec.logits_shift)
+        args.check_estimator(self.estimator)
+        if args.sync_ref_model and (given.get("peft_config") or hasattr(model, "peft_config")):
+            raise ValueError(
+                "sync_ref_model=True with an adapter: the reference is the model without it, which never changes. Set "
+                "sync_ref_model=False, or train the whole model."
+            )
+        reward_funcs = checked_rewards(reward_funcs, args.reward_weights)
+        check_grpo_data(given, args, config, tokenizer)
         if args.decoding == "any_order":
             check_unshifted("decoding='any_order'", self.spec.logits_shift)
         self._rollout: Rollout | None = None  # the generation batch, while TRL scores it
@@ -142,7 +155,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             finally:
                 args.beta = beta
         self.beta = beta
-        args.check_estimator(self.estimator)
         # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
         if args.kl_estimator == "full" and hasattr(unwrap(self.model).get_output_embeddings(), "modules_to_save"):
             raise ValueError(
@@ -180,6 +192,11 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 stacklevel=3,
             )
 
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        check_steps(self.state.global_step)
+        return output
+
     # ------------------------------------------------------------------------------------------ the generation batch
 
     def _generate_and_score_completions(self, inputs):
@@ -198,6 +215,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return outputs
 
     def _generate(self, prompts, *args, **kwargs):
+        for row, prompt in enumerate(prompts):  # those of a stream have not been seen before
+            check_text(f"row {row} of a batch: prompt", prompt)
         outputs = super()._generate(prompts, *args, **kwargs)
         # The index of the extra fields moved between versions of TRL. Reward functions get them like dataset columns.
         extra = next(value for value in outputs if isinstance(value, dict))

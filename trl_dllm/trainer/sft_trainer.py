@@ -22,8 +22,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..likelihood import View, score_view
 from ..likelihood.view import IGNORE
 from ..models import NEVER, Attention, MaskedDiffusionSpec
+from ..models.lora import register_lora_targets
 from ..models.spec import check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
+from .data import check_sft_data, check_steps
 from .model_card import rewrite_quick_start
 from .sft_config import DiffusionSFTConfig
 from .stock import (
@@ -43,6 +45,9 @@ _OVERRIDDEN: Interface = {
     "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
 }
+
+
+register_lora_targets()
 
 
 @dataclass
@@ -248,15 +253,16 @@ class DiffusionSFTTrainer(SFTTrainer):
                 f"canvas_length={args.canvas_length}, block_length={args.block_length}: a data_collator of your own "
                 "has to fill the answers itself. Remove one or the other."
             )
+        config = read_config(model, args)
         if isinstance(model, str) and given.get("processing_class") is None:
             given["processing_class"] = AutoProcessor.from_pretrained(model, **hub_kwargs(args))
-        config = read_config(model, args)
         refuse_processor(given.get("processing_class"))
         if given.get("processing_class") is not None:
             spec = MaskedDiffusionSpec.from_config(config, given["processing_class"])
             if args.objective == "any_order":
                 check_unshifted("objective='any_order'", spec.logits_shift)
 
+        check_sft_data(given, args, config)
         self._micro_step = 0  # micro-batches of the current optimizer step that this process has scored
         super().__init__(*bound.args[1:], **bound.kwargs)
 
@@ -283,6 +289,11 @@ class DiffusionSFTTrainer(SFTTrainer):
             freeze_all_but(self.model, trainable)
             if args.gradient_checkpointing:  # reentrant checkpointing gives no gradient behind frozen embeddings
                 self.model.enable_input_require_grads()
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        check_steps(self.state.global_step)
+        return output
 
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of an optimizer step and, as TRL's `num_items_in_batch`, their rows over all processes."""
