@@ -7,7 +7,8 @@ from helpers_scripts import GRPO, write_recipe
 
 from trl_dllm.recipe import load_recipe, recipe_paths
 from trl_dllm.scripts import grpo, sft
-from trl_dllm.scripts.common import last_checkpoint, resolve_rewards
+from trl_dllm.scripts.common import last_checkpoint
+from trl_dllm.scripts.rewards import resolve_rewards
 
 
 CPU = ["--use_cpu", "true", "--bf16", "false"]

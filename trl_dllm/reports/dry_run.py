@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..likelihood.view import IGNORE
 from ..models import DreamConfig, LLaDAConfig, TrainingFlops, backbone_parameters
+from ..models.lora import register_lora_targets
 from ..rollout import Rollout
 
 
@@ -142,6 +143,7 @@ def _without_weights(config, args=None, model_args=None) -> nn.Module:
     from peft import get_peft_model
     from trl import get_peft_config
 
+    register_lora_targets()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         adapter = get_peft_config(model_args) if model_args else None
