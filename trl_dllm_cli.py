@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "evaluate a model on a task",
     "generate": "complete prompts",
     "report": "compare likelihood estimates with what a model draws",
+    "merge": "merge an adapter into its base model",
     "recipe": "list the recipes, or print one with its base filled in",
 }
 

@@ -1,9 +1,14 @@
 """Recipes of a few seconds for the tests of the command line and its scripts."""
 
+import gc
 from pathlib import Path
 
 import yaml
 
+
+# accelerate collects garbage whenever `train` starts: half of a tiny run, unless what was imported is taken out of it.
+gc.collect()
+gc.freeze()
 
 SFT = {
     "task": "sudoku",

@@ -114,9 +114,6 @@ class TableModel(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.lm_head  # there are none: tied, so to say
-
     def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
         canvas, vocab = self.canvas, self.config.vocab_size
         state = (input_ids[:, -canvas:] * vocab ** torch.arange(canvas)).sum(dim=1)

@@ -20,6 +20,7 @@ from trl_dllm.evaluation import (
     wilson_interval,
 )
 from trl_dllm.generation import DiffusionGenerationConfig
+from trl_dllm.identity import module_identity
 from trl_dllm.models import create_tiny_model
 from trl_dllm.tasks import get_task
 
@@ -115,6 +116,86 @@ def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path):
     run(tiny, tmp_path)
     with pytest.raises(ValueError, match="seed differ"):
         run(tiny, tmp_path, seed=1)
+
+
+def test_another_model_or_other_rows_in_the_same_folder_are_refused(tiny, tmp_path):
+    whole = run(tiny, tmp_path)
+    other = create_tiny_model(hidden_size=16, num_layers=1, seed=1)
+    with pytest.raises(ValueError, match=r"holds an evaluation with other settings \(weights differ\)"):
+        run(other, tmp_path)
+    task = get_task("sudoku")
+    with pytest.raises(ValueError, match=r"\(rows differ\)"):
+        evaluate(*tiny, task, task.load("test", 10, seed=1), CONFIG, tmp_path, batch_size=4)
+    again = run(tiny, tmp_path)
+    whole.pop("seconds"), again.pop("seconds")
+    assert again == whole
+
+
+def test_finished_generations_need_no_model(tiny, tmp_path):
+    identity, task = module_identity(*tiny), get_task("sudoku")
+    whole = run(tiny, tmp_path, identity=identity)
+    again = evaluate(None, None, task, task.load("test", 10), CONFIG, tmp_path, batch_size=4, identity=identity)
+    assert again["solve_rate"] == whole["solve_rate"] and again["weights"] == identity["weights"]
+
+
+@pytest.mark.parametrize("left", ["generations", "parts"])
+def test_generations_of_nobody_knows_which_model_are_refused_and_kept(tiny, tmp_path, left):
+    if left == "generations":
+        (tmp_path / GENERATIONS).write_text("mine")
+    else:
+        (tmp_path / "parts").mkdir()
+    with pytest.raises(ValueError, match=r"holds generations without a fingerprint.json: .* Choose another"):
+        run(tiny, tmp_path)
+    assert left == "parts" or (tmp_path / GENERATIONS).read_text() == "mine"
+
+
+@pytest.mark.parametrize("fact", ["batch_size", "dtype"])
+def test_unfinished_generations_of_another_machine_are_drawn_anew(tiny, tmp_path, monkeypatch, fact):
+    run(tiny, tmp_path / "whole", machine={"dtype": "float32"})
+    draw, calls = evaluation.generate, []
+
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return draw(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(evaluation, "generate", dying)
+        run(tiny, tmp_path / "cut", machine={"dtype": "float32", "model": "here"})
+    change = {"machine": {"dtype": "float32", "model": "moved"}}
+    change |= {"batch_size": 3} if fact == "batch_size" else {"machine": {"dtype": "bfloat16"}}
+    with pytest.warns(UserWarning, match=f"{fact} .* so its unfinished generations are drawn anew"):
+        summary = run(tiny, tmp_path / "cut", **change)
+    assert (tmp_path / "cut" / GENERATIONS).read_text() == (tmp_path / "whole" / GENERATIONS).read_text()
+    assert {name: summary[name] for name in change["machine"]} == change["machine"]
+    assert summary["batch_size"] == change.get("batch_size", 4)
+
+
+def test_finished_generations_say_which_machine_drew_them(tiny, tmp_path, capsys):
+    run(tiny, tmp_path, machine={"dtype": "float32", "model": "here"})
+    capsys.readouterr()
+    summary = run(tiny, tmp_path, batch_size=3, machine={"dtype": "bfloat16", "model": "there"})
+    assert (summary["dtype"], summary["batch_size"], summary["model"]) == ("float32", 4, "here")
+    line = "dtype float32 → bfloat16, batch_size 4 → 3 changes none of them."
+    assert capsys.readouterr().out == f"{tmp_path}: the generations are there already; {line}\n"
+
+
+def test_drawn_and_stored_outputs_do_not_replace_each_other(tiny, tmp_path):
+    record = {"question": "1 + 1?", "generations": r"\boxed{2}", "ground_truth": 2}
+    stored, gsm8k = tmp_path / "stored.jsonl", get_task("gsm8k")
+    stored.write_text(json.dumps(record) + "\n")
+    run(tiny, tmp_path / "drawn")
+    before = (tmp_path / "drawn" / GENERATIONS).read_text()
+    with pytest.raises(ValueError, match=r"\(command differ\)"):
+        rescore(gsm8k, stored, tmp_path / "drawn")
+    assert (tmp_path / "drawn" / GENERATIONS).read_text() == before
+    assert rescore(gsm8k, stored, tmp_path / "rescored")["total"] == 1
+    with pytest.raises(ValueError, match=r"\(command differ\)"):
+        run(tiny, tmp_path / "rescored")
+    stored.write_text(2 * (json.dumps(record) + "\n"))
+    with pytest.raises(ValueError, match=r"\(stored differ\)"):
+        rescore(gsm8k, stored, tmp_path / "rescored")
 
 
 def test_generations_are_kept_with_their_scores(tiny, tmp_path):

@@ -1,8 +1,13 @@
 """The model class for lm-evaluation-harness."""
 
+import shutil
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from trl_dllm.generation import save_decoding
 from trl_dllm.models import create_tiny_model
 
 
@@ -35,6 +40,17 @@ def test_the_harness_finds_the_model_by_name(folder):
     assert type(model).__name__ == "DiffusionLM" and model._config(16).diffusion_steps == 8
 
 
+def test_an_adapter_is_put_on_the_model(folder, tmp_path):
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path)
+    model = get_model("trl_dllm").create_from_arg_string(f"pretrained={folder},peft={tmp_path}").model
+    ids = torch.arange(5, 25)[None]
+    assert not model.training and torch.equal(model(ids).logits.cpu(), adapted.eval()(ids).logits)
+
+
 def test_every_decoding_setting_is_taken_and_scaled_to_another_canvas(folder):
     create = get_model("trl_dllm").create_from_arg_string
     common = f"pretrained={folder},max_new_tokens=16,block_length=8,remasking=margin,stop_at_eos=false"
@@ -59,6 +75,26 @@ def test_every_decoding_setting_is_taken_and_scaled_to_another_canvas(folder):
 def test_a_setting_to_mend_is_an_error_before_the_model_loads(setting, error, match):
     with pytest.raises(error, match=match):
         get_model("trl_dllm").create_from_arg_string(f"pretrained=no/such-model,max_new_tokens=16,{setting}")
+
+
+def test_the_decoding_is_the_models_and_what_is_given_wins(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "model")
+    trained = {
+        "max_new_tokens": 12,
+        "block_length": 4,
+        "diffusion_steps": 6,
+        "remasking": "margin",
+        "temperature": 0.9,
+    }
+    save_decoding(trained, tmp_path / "model")
+    create = get_model("trl_dllm").create_from_arg_string
+    found = create(f"pretrained={tmp_path / 'model'}").sampling
+    assert (found.max_new_tokens, found.block_length, found.diffusion_steps) == (12, 4, 6)
+    assert (found.remasking, found.temperature) == ("margin", 0.0)
+    assert "Decoding as saved with" in capsys.readouterr().out
+    found = create(f"pretrained={tmp_path / 'model'},max_new_tokens=24,remasking=random").sampling
+    assert (found.max_new_tokens, found.block_length, found.diffusion_steps) == (24, 4, 12)
+    assert found.remasking == "random"
 
 
 def test_generation_is_cut_at_the_stop_strings_and_does_not_depend_on_the_batch(folder):

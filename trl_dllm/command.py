@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .fingerprint import OtherSettings
+
 
 _WAIT = 10  # seconds that process 0 has to say what went wrong
 
@@ -59,8 +61,8 @@ def take_debug(argv: list[str]) -> tuple[list[str], bool]:
 def one_line(prog: str, debug: bool = False) -> Iterator[None]:
     """End the process with one line on standard error, where the block raises; with `debug` the error goes on.
 
-    A value to mend, a missing file or package ends it with what the error says and exit code 2. Anything else is a
-    bug, ours or a reward function's: it is named with its place, and the exit code is 1.
+    A value to mend, a missing file or package, or numbers that are not finite end it with what the error says and exit
+    code 2. Anything else is a bug, ours or a reward function's: it is named with its place, and the exit code is 1.
     """
     from .sandbox import SandboxUnavailable
 
@@ -70,25 +72,34 @@ def one_line(prog: str, debug: bool = False) -> Iterator[None]:
         if debug:
             raise
         raise Ended(f"{prog}: interrupted", 130) from None
-    except (ValueError, OSError, ImportError, NotImplementedError, SandboxUnavailable) as error:
+    except OtherSettings as error:
         if debug:
             raise
-        raise _ended(f"{prog}: {str(error) or type(error).__name__}", 2) from error
+        raise _ended(f"{prog}: {error}", 2) from error  # with its table
+    except (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError, SandboxUnavailable) as error:
+        if debug:
+            raise
+        raise _ended(f"{prog}: {_flat(error)}", 2) from error
     except Exception as error:
         if debug:
             raise
         place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {error}"
+        what = f"{type(error).__name__} in {Path(place.filename).name}, line {place.lineno}: {_flat(error)}"
         raise _ended(f"{prog}: unexpected {what}; run again with --debug for the traceback", 1) from error
 
 
-def _ended(text: str, code: int) -> Ended:
-    """Say why, as one line, in one of the processes.
+def _flat(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _ended(line: str, code: int) -> Ended:
+    """Say why, in one of the processes.
 
     Process 0 speaks for all: most errors are everybody's. Another one waits first; if process 0 fails too, the
     launcher ends this one meanwhile, and if not, the error is its own.
     """
-    line, rank = " ".join(text.split()), os.environ.get("RANK", "0")
+    rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(_WAIT)
         line = f"[process {rank}] {line}"

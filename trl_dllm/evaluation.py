@@ -5,24 +5,30 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from .fingerprint import FINGERPRINT, Difference, Fingerprint, differences, in_a_line, refuse
 from .generation import DiffusionGenerationConfig, generate
+from .identity import dataset_hash, hash_files, module_identity
 from .models import MaskedDiffusionSpec, unwrap
 from .models.spec import check_positions
 from .noise import Purpose, hash64
+from .processes import on_main_process, process_state, say
 from .rollout import Rollout
 from .tasks import Task
 
 
 GENERATIONS = "generations.jsonl"
 SUMMARY = "summary.json"
-SETTINGS = "settings.json"
 PARTS = "parts"  # one file a finished batch, until all are there
+
+# Facts of the machine that files of batches depend on: which rows are in one, and how a forward rounds.
+_NUMERICS = ("batch_size", "dtype")
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -92,6 +98,41 @@ def complete(
     return tokenizer.batch_decode(completions, skip_special_tokens=True), rollout
 
 
+def evaluation_fingerprint(
+    identity: Mapping,
+    task: Task,
+    dataset,
+    config: DiffusionGenerationConfig,
+    batch_size: int = 32,
+    seed: int = 0,
+    num_samples: int = 1,
+    parser: str = "default",
+    prefill: str = "",
+    settings: Mapping | None = None,
+    machine: Mapping | None = None,
+) -> Fingerprint:
+    """What an evaluation belongs to: the model by its content, the rows, decoding, draws and scoring.
+
+    Args:
+        identity (`dict`): from `model_identity` or `module_identity`.
+        settings, machine and the others: as in `evaluate`.
+    """
+    meaning = {
+        "command": "eval",
+        **(settings or {}),
+        **identity,
+        "task": task.name,
+        "n": len(dataset),
+        "rows": dataset_hash(dataset),
+        "num_samples": num_samples,
+        "seed": seed,
+        "parser": parser,
+        "prefill": prefill,
+        "generation": asdict(config),
+    }
+    return Fingerprint(meaning, machine={**(machine or {}), "batch_size": batch_size})
+
+
 def evaluate(
     model,
     tokenizer,
@@ -104,57 +145,54 @@ def evaluate(
     num_samples: int = 1,
     parser: str = "default",
     prefill: str = "",
-    settings: dict | None = None,
+    settings: Mapping | None = None,
+    machine: Mapping | None = None,
+    identity: Mapping | None = None,
 ) -> dict:
     """Draw completions of each row of `dataset`, score them, and summarise.
 
     Each finished batch is a file of its own until all are there, so an evaluation that was killed goes on where it was
-    and ends with the same `generations.jsonl` as an undisturbed one; one with other settings is refused. Under
-    `accelerate launch` the batches are dealt out to the processes, which changes no draw.
+    and ends with the same `generations.jsonl` as an undisturbed one; one of another model, of other rows or with other
+    settings is refused. Under `accelerate launch` the batches are dealt out to the processes, which changes no draw.
 
     Args:
+        model: a masked diffusion model; not touched where all generations are there and `identity` is given.
         config (`DiffusionGenerationConfig`): decoding settings.
-        output_dir (`str`): where `generations.jsonl`, `summary.json` and `settings.json` are written.
+        output_dir (`str`): where `generations.jsonl`, `summary.json` and `fingerprint.json` are written.
         seed (`int`): a completion draws from a hash of it, its row's number and its sample's.
         num_samples (`int`): completions a row; pass@k is given for the powers of two up to it.
         parser (`str`): which of the task's parsers scores.
         prefill (`str`): beginning of each answer, put behind the prompt and scored with it.
-        settings (`dict`, *optional*): further facts for the summary (model name, split, …).
+        settings (`dict`, *optional*): further facts that the result depends on (split, …).
+        machine (`dict`, *optional*): further facts for the summary that it does not depend on (the model's path, …).
+        identity (`dict`, *optional*): the model's and the tokenizer's, from `model_identity`; None reads every
+            parameter once.
 
     Returns:
         The summary: `solve_rate` (pass@1) with its 95 % interval `low`, `high`, `n` rows, `correct` of `total`
-        completions, `pass_at_k`, and all settings.
+        completions, `pass_at_k`, and all facts.
 
     Raises:
-        ValueError: an unknown parser, or an `output_dir` that holds an evaluation with other settings.
+        ValueError: an unknown parser, or an `output_dir` that holds another evaluation; it names what differs.
     """
-    from accelerate import PartialState
     from tqdm import tqdm
 
-    # On a CPU accelerate joins the processes of a launch only if it is told that there is no GPU.
-    state, folder = PartialState(cpu=not torch.cuda.is_available()), Path(output_dir)
+    state, folder, start = process_state(), Path(output_dir), time.time()
     score = _parser(task, parser)
-    settings = {
-        **(settings or {}),
-        "task": task.name,
-        "n": len(dataset),
-        "num_samples": num_samples,
-        "batch_size": batch_size,
-        "seed": seed,
-        "parser": parser,
-        "prefill": prefill,
-        "generation": asdict(config),
-    }
-    if state.is_main_process:
-        _open(folder, settings)
-    state.wait_for_everyone()
-    start, spec = time.time(), MaskedDiffusionSpec.from_model(model, tokenizer)
-    tokens = tokenize_prompts(tokenizer, [row["prompt"] for row in dataset], prefill)[1].sum(dim=1).tolist()
-    for row, length in enumerate(tokens):  # before hours have gone into the rows before it
-        check_positions(unwrap(model).config, length, config.max_new_tokens, "max_new_tokens", f"row {row}: ")
+    identity = identity or on_main_process(lambda: module_identity(model, tokenizer))
+    facts = (batch_size, seed, num_samples, parser, prefill, settings, machine)
+    asked = evaluation_fingerprint(identity, task, dataset, config, *facts)
+    fingerprint = open_evaluation(folder, asked)
+    if changed := _changed_numerics(fingerprint, asked):
+        say(f"{folder}: the generations are there already; {in_a_line(changed)} changes none of them.")
     draws = [(row, sample) for row in range(len(dataset)) for sample in range(num_samples)]
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
     todo = [] if (folder / GENERATIONS).exists() else range(state.process_index, len(batches), state.num_processes)
+    spec = MaskedDiffusionSpec.from_model(model, tokenizer) if todo else None
+    if todo:  # before hours have gone into the rows before one that is too long
+        tokens = tokenize_prompts(tokenizer, [row["prompt"] for row in dataset], prefill)[1].sum(dim=1).tolist()
+        for row, length in enumerate(tokens):
+            check_positions(unwrap(model).config, length, config.max_new_tokens, "max_new_tokens", f"row {row}: ")
     progress = tqdm(todo, desc=f"evaluating {task.name}", unit="batch", disable=not state.is_main_process)
     for number in progress:
         part = folder / PARTS / f"{number:06d}.jsonl"
@@ -178,11 +216,52 @@ def evaluate(
     summary = {
         **summarise(_read(folder / GENERATIONS), num_samples),
         "seconds": round(time.time() - start, 1),
-        **settings,
+        **fingerprint.meaning,
+        **fingerprint.machine,
     }
     if state.is_main_process:
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def open_evaluation(folder: Path, fingerprint: Fingerprint) -> Fingerprint:
+    """Make a folder ready for an evaluation, or check that what it holds belongs to the same one.
+
+    Returns the fingerprint of the generations: the stored one where they are all there.
+
+    Raises:
+        ValueError: on every process, a folder that holds another evaluation or one that belongs to nothing known.
+    """
+    return on_main_process(lambda: _open(folder, fingerprint))
+
+
+def _open(folder: Path, fingerprint: Fingerprint) -> Fingerprint:
+    stored = _stored(folder, fingerprint)
+    if stored is not None:
+        if (folder / GENERATIONS).exists():
+            return stored
+        changed = _changed_numerics(stored, fingerprint)
+        if changed and (folder / PARTS).exists():
+            warnings.warn(f"{folder}: {in_a_line(changed)}, so its unfinished generations are drawn anew.")
+            shutil.rmtree(folder / PARTS)
+    fingerprint.write(folder)
+    (folder / PARTS).mkdir(exist_ok=True)
+    return fingerprint
+
+
+def _changed_numerics(stored: Fingerprint, now: Fingerprint) -> list[Difference]:
+    return [fact for fact in differences(stored.machine, now.machine) if fact[0] in _NUMERICS]
+
+
+def _stored(folder: Path, fingerprint: Fingerprint) -> Fingerprint | None:
+    """The fingerprint that a folder has, if any, which must say the same."""
+    stored = Fingerprint.read(folder)
+    what, remedies = f"output_dir={str(folder)!r} holds", "Nothing was changed. Choose another, or delete that folder."
+    if stored is not None:
+        refuse(f"{what} an evaluation", differences(stored.meaning, fingerprint.meaning), remedies)
+    elif (folder / GENERATIONS).exists() or (folder / PARTS).exists():
+        raise ValueError(f"{what} generations without a {FINGERPRINT}: whose they are is not known. {remedies}")
+    return stored
 
 
 def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str = "default") -> dict:
@@ -192,12 +271,17 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
     `other_parsers`, what the task's other parsers find in the same outputs.
 
     Raises:
-        ValueError: a parser that the task does not have, or a task without a form of stored outputs.
+        ValueError: a parser that the task does not have, a task without a form of stored outputs, or an `output_dir`
+            that holds generations of another source.
     """
     score, folder = _parser(task, parser), Path(output_dir)
     if task.stored_row is None:
         raise ValueError(f"task={task.name!r} has no form of stored outputs to read.")
-    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = Fingerprint(
+        {"command": "eval --from_generations", "task": task.name, "stored": hash_files([Path(stored)])[Path(stored)]}
+    )
+    _stored(folder, fingerprint)
+    fingerprint.write(folder)
     records, columns = [], []
     for number, stored_record in enumerate(_read(Path(stored))):
         try:
@@ -271,22 +355,3 @@ def _write(path: Path, records: list[dict]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
     os.replace(temporary, path)
-
-
-def _open(folder: Path, settings: dict) -> None:
-    """Make the folder ready, or check that what it holds was made with the same settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = json.loads(json.dumps(settings))
-    if (folder / SETTINGS).exists():
-        before = json.loads((folder / SETTINGS).read_text())
-        if before != settings:
-            changed = sorted(key for key in {*before, *settings} if before.get(key) != settings.get(key))
-            raise ValueError(
-                f"output_dir={str(folder)!r} holds an evaluation with other settings ({', '.join(changed)} differ). "
-                "Choose another folder, or delete that one."
-            )
-    else:
-        _write(folder / SETTINGS, [settings])
-        (folder / GENERATIONS).unlink(missing_ok=True)
-    if not (folder / GENERATIONS).exists():
-        (folder / PARTS).mkdir(exist_ok=True)

@@ -7,7 +7,6 @@ The harness finds models by a table of its own, so this module registers ours an
 `generate_until` decodes a canvas, `loglikelihood` is a Monte-Carlo evidence lower bound (`Elbo`).
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from .evaluation import complete
-from .generation import DiffusionGenerationConfig, generate, resolve_schedule
+from .generation import DiffusionGenerationConfig, generate, saved_decoding_config
 from .likelihood import Elbo, token_logps
 from .models import MaskedDiffusionSpec
+from .models.adapters import load_adapter
 from .noise import Purpose, hash64
+from .processes import say
 from .rollout import Rollout
 
 
@@ -36,11 +37,13 @@ class DiffusionLM(LM):
         is_greedy (`bool`): whether to find out if greedy decoding gives a continuation (a forward a token), which
             accuracy on multiple choice does not need; otherwise it is reported as not.
         seed (`int`): of all draws.
-        max_new_tokens (`int`): canvas length where a task does not say (`max_gen_toks`).
+        peft (`str`, *optional*): folder or Hub name of an adapter, under the name that the harness's models give it.
+        max_new_tokens (`int`, *optional*): canvas length where a task does not say (`max_gen_toks`); `None` takes the
+            one that the model was trained with (`decoding.json`), or 256.
         temperature (`float`): of the draws; 0 is greedy.
-        decoding: any further field of `DiffusionGenerationConfig`, for a canvas of `max_new_tokens`. Another canvas
-            has the same blocks, or the default ones where they do not divide it, and as many tokens a step, rounded
-            up.
+        decoding: any further field of `DiffusionGenerationConfig`, for a canvas of `max_new_tokens`; those that are
+            not given are the model's, as it was trained. Another canvas has the same blocks, or the default ones where
+            they do not divide it, and as many tokens a step, rounded up.
     """
 
     def __init__(
@@ -53,7 +56,8 @@ class DiffusionLM(LM):
         is_greedy: bool = False,
         seed: int = 0,
         max_batch_size: int | None = None,  # given by the harness for batch_size="auto"
-        max_new_tokens: int = 256,
+        peft: str | None = None,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         **decoding: Any,
     ):
@@ -61,10 +65,15 @@ class DiffusionLM(LM):
 
         super().__init__()
         # First of all, so that bad settings are an error before the model loads.
-        self.sampling = DiffusionGenerationConfig(max_new_tokens, temperature=temperature, **decoding)
+        canvas = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        given = {**canvas, "temperature": temperature, **decoding}
+        self.sampling, line = saved_decoding_config([peft, pretrained], given)
+        if line:
+            say(line)
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained, padding_side="left")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype).eval().to(self._device)
+        base = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
+        self.model = (load_adapter(base, peft) if peft else base).eval().to(self._device)
         self.spec = MaskedDiffusionSpec.from_model(self.model, self.tokenizer)
         self.batch_size = 8 if batch_size == "auto" else int(batch_size)
         self.num_samples, self.find_greedy = int(num_samples), str(is_greedy).lower() == "true"
@@ -83,20 +92,9 @@ class DiffusionLM(LM):
 
     def _config(self, canvas_length: int) -> DiffusionGenerationConfig:
         """The decoding settings for a canvas."""
-        given = self.sampling
-        if canvas_length == given.max_new_tokens:
-            return given
-        assert given.block_length is not None and given.diffusion_steps is not None  # a config has filled them in
-        block_length = given.block_length if canvas_length % given.block_length == 0 else None
-        block_length, _ = resolve_schedule(canvas_length, block_length, None, None)
-        steps = block_length * given.diffusion_steps // given.max_new_tokens
-        return replace(
-            given,
-            max_new_tokens=canvas_length,
-            block_length=block_length,
-            diffusion_steps=canvas_length // block_length * min(max(steps, 1), block_length),
-            tokens_per_step=None,
-        )
+        if canvas_length == self.sampling.max_new_tokens:
+            return self.sampling
+        return self.sampling.resized(canvas_length)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Complete each request's context on a canvas, cut at the first of its stop strings."""

@@ -23,6 +23,9 @@ class Rollout:
         logps (`Tensor` of shape (B, L), float): nats; the sampler's log-prob of each revealed token, 0 elsewhere.
         counted (`Tensor` of shape (B, L), bool): positions that the loss counts.
         view_seed (`Tensor` of shape (B,), int64): everything random in a row's views is a function of it.
+        support (`Tensor` of shape (B, L, K), int32, *optional*): where the draw was truncated (top-k, top-p, min-p),
+            the tokens that could be drawn at each revealed position, -1 for none; every policy is scored among them.
+            None: all tokens.
         mask_token_id (`int`): id of the mask token.
         temperature (`float`): sampling temperature; log-probs of a greedy rollout (0) are taken at 1.
         num_forwards (`int`): model calls that drew this batch.
@@ -43,6 +46,7 @@ class Rollout:
     temperature: float = 1.0
     num_forwards: int = 0
     flops: int = 0
+    support: Tensor | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prompt_mask", self.prompt_mask.bool())
@@ -58,6 +62,10 @@ class Rollout:
             raise ValueError(
                 f"Rollout.prompt_ids {tuple(self.prompt_ids.shape)} and prompt_mask {tuple(self.prompt_mask.shape)} "
                 f"must both be ({rows}, P)."
+            )
+        if self.support is not None and tuple(self.support.shape[:2]) != (rows, canvas_length):
+            raise ValueError(
+                f"Rollout.support has shape {tuple(self.support.shape)}; it must be ({rows}, {canvas_length}, K)."
             )
         if tuple(self.view_seed.shape) != (rows,):
             raise ValueError(f"Rollout.view_seed has shape {tuple(self.view_seed.shape)}; it must be ({rows},).")
@@ -84,6 +92,10 @@ class Rollout:
             )
         if (self.counted & ~revealed).any():
             raise ValueError("Rollout.counted includes a position that was never revealed.")
+        if self.support is not None:
+            possible = (self.support == self.completion_ids[..., None]).any(dim=-1)
+            if (revealed & ~possible).any():
+                raise ValueError("Rollout.support leaves out a token that was drawn.")
         return self
 
     def __len__(self) -> int:
@@ -132,9 +144,18 @@ class Rollout:
     def cat(rollouts: list["Rollout"]) -> "Rollout":
         """Stack rollouts that have equal widths; counters add up."""
         first = rollouts[0]
+        if first.support is not None:
+            supports = widen([r.support for r in rollouts if r.support is not None])
+            rollouts = [replace(r, support=support) for r, support in zip(rollouts, supports, strict=True)]
         stacked: dict[str, Any] = {name: torch.cat([getattr(r, name) for r in rollouts]) for name in first._tensors()}
         counters = {name: sum(getattr(r, name) for r in rollouts) for name in ("num_forwards", "flops")}
         return replace(first, **stacked, **counters)
+
+
+def widen(supports: list[Tensor]) -> list[Tensor]:
+    """Supports (…, K) of one K, the largest, filled up with -1."""
+    width = max(support.shape[-1] for support in supports)
+    return [torch.nn.functional.pad(support, (0, width - support.shape[-1]), value=-1) for support in supports]
 
 
 def count_until_eos(completion_ids: Tensor, unmask_step: Tensor, eos_token_ids: tuple[int, ...] | list[int]) -> Tensor:

@@ -123,7 +123,7 @@ def test_the_snippet_of_a_model_card_runs(tmp_path, capsys):
     cli.main(["init-tiny", str(model), "--hidden_size", "16", "--num_layers", "1"])
     card = tmp_path / "README.md"
     card.write_text("# A model\n\n## Quick start\n\n```python\nraise AssertionError\n```\n")
-    rewrite_quick_start(str(tmp_path), str(model), 8)
+    rewrite_quick_start(str(tmp_path), str(model), {"max_new_tokens": 8, "block_length": 4, "diffusion_steps": 2})
     capsys.readouterr()
     run_python(card.read_text(), str(card))
     assert capsys.readouterr().out.startswith("['")

@@ -15,6 +15,9 @@ from trl_dllm.scripts import generate, grpo, report
 
 # The decoding settings and their defaults, as they are promised to users.
 DEFAULTS = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
     "block_length": None,
     "diffusion_steps": None,
     "tokens_per_step": None,
@@ -49,9 +52,12 @@ def test_a_decoding_setting_is_the_same_in_config_command_line_and_sampler(name)
     for cls in (DiffusionGRPOConfig, DiffusionGenerationConfig):
         f = next(f for f in fields(cls) if f.name == name)
         declared[cls.__name__] = (f.default, f.metadata.get("choices"), f.metadata["help"])
-    for command, make_parser in {**PARSERS, "grpo": grpo.make_parser}.items():
+    action = actions(grpo.make_parser())[name]
+    declared["grpo"] = (action.default, action.choices, action.help)
+    for command, make_parser in PARSERS.items():
         action = actions(make_parser())[name]
-        declared[command] = (action.default, action.choices, action.help)
+        assert action.default == argparse.SUPPRESS, "not given: what is saved with the model, then the default"
+        declared[command] = (DEFAULTS[name], action.choices, action.help)
     (default, choices, text), *others = declared.values()
     assert all(other == (default, choices, text) for other in others), declared
     assert default == DEFAULTS[name] and set(choices or ()) == CHOICES.get(name, set()) and len(text) > 20

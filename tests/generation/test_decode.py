@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cases import PROMPTS, SEEDS, assert_same_rollout, sample
-from oracles import left_pad
+from oracles import left_pad, sharp_model
 
-from trl_dllm.generation import DiffusionGenerationConfig, decode, generate
+from trl_dllm.generation import DiffusionGenerationConfig, LogitsNotFinite, decode, generate
 
 
 @pytest.mark.parametrize("settings", [{"diffusion_steps": 8}, {"confidence_threshold": 0.15, "stop_at_eos": True}])
@@ -94,3 +94,27 @@ def test_no_rows_give_an_empty_rollout(models):
     rollout = generate(models("llada"), ids, ids.bool(), config, still_running=still_running).validate()
     assert len(rollout) == rollout.num_forwards == 0 and rollout.completion_ids.shape == (0, 4)
     assert asked == [False]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"diffusion_steps": 4},
+        {"diffusion_steps": 4, "temperature": 0.0},
+        {"confidence_threshold": 0.5, "batch_size": 1},
+        {"decoding": "any_order", "remasking": "random"},
+        {"decoding": "any_order", "remasking": "random", "cache": "exact"},
+    ],
+    ids=["sampled", "greedy", "threshold", "any_order", "cached"],
+)
+def test_logits_that_are_not_finite_are_an_error_that_names_the_rows(settings, value):
+    """One weight is broken, of a token that is in two of the prompts. Any token could have been drawn."""
+    model = sharp_model("llada", dtype=torch.float32)
+    assert (sample(model, **settings).logps <= 0).all()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[90, 3] = value
+    prompts = [[90, 7], [7, 8, 9], [10], [11, 90]]
+    with pytest.raises(LogitsNotFinite, match=r"in 2 row\(s\) of the batch: 0, 3\. Its weights may be") as error:
+        sample(model, prompts, **settings)
+    assert error.value.rows == [0, 3]

@@ -10,7 +10,7 @@ from cases import PROMPTS, REMASKING
 from oracles import chi_square_p, left_pad, sharp_model
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
-from trl_dllm.generation.order import draw_tokens, measure, reveal
+from trl_dllm.generation.order import choose, draw_tokens, measure
 from trl_dllm.models import log_probs
 from trl_dllm.noise import uniform
 
@@ -89,7 +89,7 @@ def test_measures_equal_loops(remasking):
 def test_reveal_breaks_ties_to_the_smaller_position():
     measures = torch.tensor([[0.5, 0.9, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0], [-3.0, -2.0, -2.0, -9.0]])
     candidates = torch.tensor([[True] * 4, [False, True, True, True], [True, False, True, True]])
-    assert reveal(measures, candidates, torch.tensor([2, 2, 1]), None).nonzero().tolist() == [
+    assert choose(measures, candidates, torch.tensor([2, 2, 1]), None).nonzero().tolist() == [
         [0, 0], [0, 1], [1, 1], [1, 2], [2, 2]
     ]  # fmt: skip
 
@@ -99,13 +99,13 @@ def test_reveal_takes_candidates_alone():
     measures = torch.tensor([[0.9, 0.1, 0.8], [0.5, 0.7, 0.6]])
     candidates = torch.tensor([[False, True, False], [False, False, False]])
     for threshold in (None, 0.3):
-        assert torch.equal(reveal(measures, candidates, torch.tensor([2, 1]), threshold), candidates)
+        assert torch.equal(choose(measures, candidates, torch.tensor([2, 1]), threshold), candidates)
 
 
 def test_reveal_with_a_threshold_keeps_strictly_more_and_at_least_one():
     measures = torch.tensor([[0.5, 0.9, 0.6, 0.2], [0.1, 0.3, 0.3, 0.9]])
     candidates = torch.tensor([[True] * 4, [True, True, True, False]])
-    kept = reveal(measures, candidates, torch.tensor([1, 1]), 0.5)
+    kept = choose(measures, candidates, torch.tensor([1, 1]), 0.5)
     assert kept.nonzero().tolist() == [[0, 1], [0, 2], [1, 1]]
 
 

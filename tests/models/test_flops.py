@@ -112,6 +112,22 @@ def test_every_family_and_attention(family, attention, trained):
     check(TRAINED[trained](tiny(family, attention)), tolerance=0.03)
 
 
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("trained", ["all", "lora", "second layer"])
+@pytest.mark.parametrize("family", ["llada_moe", "llada2"])
+def test_a_token_costs_the_experts_that_it_is_sent_to(family, trained, checkpointing):
+    """With its router, and a shared expert and a dense first layer where there are any."""
+    model = tiny(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):  # zeros, so far
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    model = lora(model, target_modules=["q_proj", "v_proj"]) if trained == "lora" else TRAINED[trained](model)
+    if CHECKPOINTING[checkpointing] is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[checkpointing]})
+    check(model)
+
+
 def test_grouped_keys_and_a_head_width_of_its_own():
     check(tiny("dream", num_key_value_heads=2, head_dim=32))
 

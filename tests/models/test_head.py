@@ -193,6 +193,21 @@ def test_tiles_have_a_fixed_number_of_rows():
         assert seen == [(TILE_ROWS, TILE_ROWS)] * tiles
 
 
+def test_tiles_are_recomputed_in_the_backward_pass():
+    """So that no tile's logits are kept for it: they are larger than everything else."""
+    calls = []
+
+    def reduce(logits):
+        calls.append(torch.is_grad_enabled())
+        return logits.logsumexp(dim=1, keepdim=True)
+
+    model, rows = Lookup(torch.randn(1, 200, 8)), torch.arange(TILE_ROWS + 1)
+    out = apply_head(model, {}, rows, reduce)
+    assert len(calls) == 2
+    out.sum().backward()
+    assert len(calls) == 4 and all(calls[2:]) and model.hidden.grad[0, rows].ne(0).all()
+
+
 def test_forward_is_restored_after_the_call_and_after_an_error():
     model = sharp_model("llada")
     head = model.get_output_embeddings()

@@ -125,11 +125,12 @@ def test_llada_takes_the_hub_keys_as_a_state_dict(tmp_path):
     other.load_state_dict(hub)
     assert all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
     other = sharp_model("llada", seed=3, dtype=torch.float32)
-    outer = nn.ModuleDict({"policy": other, "value": nn.ModuleDict({"ff_out": nn.Linear(2, 1)})})
-    value = {f"value.{key}": tensor + 1 for key, tensor in outer["value"].state_dict().items()}
-    outer.load_state_dict({f"policy.{key}": tensor for key, tensor in hub.items()} | value)
+    critic = nn.ModuleDict({"1": nn.ModuleDict({"q_proj": nn.Linear(2, 1)})})
+    outer = nn.ModuleDict({"policy": other, "critic": critic})
+    own = {f"critic.{key}": tensor + 1 for key, tensor in critic.state_dict().items()}
+    outer.load_state_dict({f"policy.{key}": tensor for key, tensor in hub.items()} | own)
     assert all(torch.equal(p, other.state_dict()[name]) for name, p in model.state_dict().items())
-    assert all(torch.equal(tensor, outer.state_dict()[key]) for key, tensor in value.items())
+    assert all(torch.equal(tensor, outer.state_dict()[key]) for key, tensor in own.items())
 
 
 @pytest.mark.parametrize("trust_remote_code", [None, False, True])
@@ -220,7 +221,7 @@ def test_llada_grouped_and_default_heads(tmp_path):
 )
 def test_llada_of_another_structure_is_refused(tmp_path, name, value):
     """It would load, as all keys are there, and compute something else."""
-    with pytest.raises(ValueError, match=rf"{name}={value!r} in a LLaDA config: this implementation has "):
+    with pytest.raises(ValueError, match=rf"{name}={value!r} in a LLaDAConfig: this implementation has "):
         AutoConfig.from_pretrained(original_folder(tmp_path, **{name: value}))
     other = AutoConfig.from_pretrained(original_folder(tmp_path, init_fn="normal", precision="fp32"))
     assert_native_values(other)

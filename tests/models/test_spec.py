@@ -25,6 +25,16 @@ def test_spec_of_a_stock_decoder_trained_as_a_diffusion_model():
     assert MaskedDiffusionSpec.from_config(LlamaConfig(vocab_size=50, is_causal=False), tokenizer).mask_token_id == 3
 
 
+def test_block_size_is_the_configs():
+    config = LlamaConfig(is_causal=False, mask_token_id=7)
+    assert MaskedDiffusionSpec.from_config(config).block_size is None
+    config.block_size = 8
+    assert MaskedDiffusionSpec.from_config(config) == MaskedDiffusionSpec(7, 0, 8)
+    config.block_size = 0
+    with pytest.raises(ValueError, match=r"block_size=0 must be at least 1 position, or None"):
+        MaskedDiffusionSpec.from_config(config)
+
+
 class NoMask:
     mask_token_id = None
 

@@ -165,6 +165,9 @@ def test_a_dry_run_loads_no_weights_and_counts_the_batch(tmp_path, tiny_checkpoi
 
 def test_a_dry_run_knows_the_published_shapes_without_the_hub(no_hub):
     assert 7.9e9 < dry_run.count_parameters(dry_run.read_config("GSAI-ML/LLaDA-8B-Instruct")) < 8.1e9
-    assert 7.5e9 < dry_run.count_parameters(dry_run.read_config("Dream-org/Dream-v0-Instruct-7B")) < 7.7e9
+    for name in ("Dream-org/Dream-v0-Instruct-7B", "apple/DiffuCoder-7B-Instruct"):
+        assert 7.5e9 < dry_run.count_parameters(dry_run.read_config(name)) < 7.7e9
+    assert 7.3e9 < dry_run.count_parameters(dry_run.read_config("inclusionAI/LLaDA-MoE-7B-A1B-Instruct")) < 7.4e9
+    assert dry_run.read_config("GSAI-ML/iLLaDA-8B-Instruct").model_type == "illada"
     with pytest.raises(OSError, match="no network"):
         dry_run.read_config("some/other-model")

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import MASK, SHIFT, VOCAB
+from cases import MASK, SHIFT, VOCAB, sample
 from oracles import canvas_before, full_logits, random_rollout, segment_cuts, token_distribution, unpadded
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -158,3 +158,9 @@ def test_the_command_prints_a_table_and_writes_json_and_png(tmp_path, capsys):
     lines = {line["name"]: line for line in data["estimators"]}
     assert abs(lines["exact trajectory"]["kl"]) < 1e-6 and lines["mean field (d1)"]["forwards"] == 1
     assert (tmp_path / "out" / "likelihood.png").stat().st_size > 5000
+
+
+def test_a_truncated_draw_is_refused(models):
+    rollout = sample(models("llada"), temperature=0.9, top_k=2)
+    with pytest.raises(ValueError, match="drawn with top_k, top_p or min_p"):
+        likelihood_report(models("llada"), rollout)

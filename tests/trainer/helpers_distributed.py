@@ -1,7 +1,7 @@
 """Runs of the GRPO trainer that a single process and a worker of several describe in the same words."""
 
 import torch
-from helpers_grpo import build, lora, losses
+from helpers_grpo import build, history, lora, losses, tiny, weights
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_dllm import DiffusionGRPOTrainer
@@ -66,3 +66,62 @@ def run(folder, checkpoint: str, peft: bool = False, **settings) -> dict:
         "views": trainer.views,
         "wrapper": sorted(trainer.wrappers),
     }
+
+
+def run_in_memory(folder, checkpoint: str, **settings) -> dict:
+    """Full fine-tuning with a reference, on a model that was made in memory: TRL loads the reference by name."""
+    model, tokenizer = tiny(num_layers=2)
+    trainer = build(folder, model=model, tokenizer=tokenizer, beta=0.04, max_steps=2, ddp_timeout=60, **settings)
+    initial = tiny(num_layers=2)[0].state_dict()
+    found = trainer.ref_model.state_dict()
+    same = initial.keys() == found.keys() and all(torch.equal(initial[name], found[name]) for name in initial)
+    trainer.train()
+    return {"reference": same, "kl": losses(trainer, "kl")}
+
+
+def run_broken(folder, checkpoint: str, **settings) -> dict:
+    """Only the last process scores a row that is not finite."""
+    trainer = build(folder, model=checkpoint, max_steps=2, ddp_timeout=60, **settings)
+    score = trainer._score_view
+
+    def scoring(*args, **kwargs):
+        scores = score(*args, **kwargs)
+        broken = torch.is_grad_enabled() and trainer.accelerator.is_last_process and trainer.state.global_step == 1
+        return scores.map(lambda table: table * torch.nan) if broken else scores
+
+    trainer._score_view = scoring
+    try:
+        trainer.train()
+    except FloatingPointError as error:
+        finite = all(value.isfinite().all().item() for value in weights(trainer).values())
+        return {"error": str(error), "finite": finite, "steps": trainer.state.global_step}
+    return {"error": None}
+
+
+def run_resumed(folder, checkpoint: str, peft: bool = False, steps=(1, 2, 3), **settings) -> dict:
+    """A run, and the same one resumed from some of its checkpoints: whether each is the first, bit for bit."""
+
+    def make():
+        return build(
+            folder,
+            model=checkpoint,
+            peft=peft,
+            beta=0.04,
+            p_mask_prompt=0.15,
+            num_iterations=2,
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=1,
+            ddp_timeout=60,
+            **settings,
+        )
+
+    whole = make()
+    whole.train()
+    found = {"flops": whole.flops.counted, "same": []}
+    for step in steps:
+        resumed = make()
+        resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        equal = all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
+        found["same"].append([equal, history(resumed) == history(whole), resumed.flops == whole.flops])
+    return found

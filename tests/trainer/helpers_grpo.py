@@ -135,6 +135,14 @@ def losses(trainer, key: str = "loss") -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
+def history(trainer) -> list[dict]:
+    """The whole log, without times; `train_loss` is the mean over the steps of one call, which a resume divides."""
+    timed = ("step_time", "runtime", "per_second", "train_loss")
+    return [
+        {key: value for key, value in entry.items() if not key.endswith(timed)} for entry in trainer.state.log_history
+    ]
+
+
 def as_rollout(trainer, inputs) -> Rollout:
     """The rollout of a micro-batch, as TRL's buffer carries it."""
     return from_batch(inputs, trainer.spec.mask_token_id, trainer.args.temperature)

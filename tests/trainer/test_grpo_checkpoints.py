@@ -1,4 +1,4 @@
-"""Saved runs continue bit for bit, trained models load again, and every way to load a model gives the same run."""
+"""Trained models load again, and every way to load a model gives the same run."""
 
 import importlib.util
 
@@ -7,6 +7,7 @@ import torch
 from helpers_grpo import CheckedTrainer, build, config, lora, losses, moved, reward, text_prompts, tiny, weights
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_dllm import DiffusionGRPOTrainer
@@ -18,35 +19,6 @@ def save_tiny(folder, **kwargs) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-def test_a_run_resumed_at_a_cycle_boundary_repeats_the_next_steps_bit_for_bit(tmp_path, peft):
-    """With evaluation at the checkpoint, prompt masking and a reference model: whatever could shift a draw."""
-    settings = {
-        "peft": peft,
-        "beta": 0.04,
-        "num_iterations": 2,
-        "max_steps": 6,
-        "num_segments": 3,
-        "p_mask_prompt": 0.2,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "eval_dataset": text_prompts(1),
-        "per_device_eval_batch_size": 4,
-        "lr_scheduler_type": "linear",
-    }
-    whole = build(tmp_path, **settings)
-    whole.train()
-    resumed = build(tmp_path, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for key in ("loss", "grad_norm", "kl", "reward", "eval_loss", "eval_reward"):
-        first, second = losses(whole, key), losses(resumed, key)
-        assert first == second and len(first) == (3 if key.startswith("eval") else 3 if key == "reward" else 6), key
-    for name, value in weights(whole).items():
-        assert torch.equal(value, weights(resumed)[name]), name
 
 
 def test_a_trained_model_loads_again_under_the_hubs_key_names(tmp_path):
@@ -94,6 +66,18 @@ def test_a_trained_adapter_loads_again_on_its_base_model(tmp_path):
         assert not torch.equal(
             loaded.get_base_model()(ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits
         )
+
+
+def test_an_adapter_that_does_not_fit_is_not_resumed_from(tmp_path):
+    """PEFT would load what fits, and train the rest from its start."""
+    build(tmp_path, peft=True, max_steps=1, save_strategy="steps", save_steps=1).train()
+    path = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
+    state = {key.replace("mlp.up_proj", "mlp.other"): value for key, value in load_file(path).items()}
+    save_file(state, path)
+    for file in (path.parent / "manifest.json", *path.parent.glob("process_state*")):
+        file.unlink()  # as from stock TRL: the sizes would tell first
+    with pytest.raises(ValueError, match=r"no place for: .*mlp.other.lora_A.weight, .*no weights for: .*up_proj"):
+        build(tmp_path, peft=True, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 
 def test_a_path_an_instance_and_a_model_made_in_memory_train_alike(tmp_path):

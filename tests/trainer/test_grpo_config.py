@@ -10,6 +10,7 @@ from helpers_grpo import build, config, losses, moved, reward, text_prompts, tin
 from trl import GRPOConfig
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_dllm.generation import DecodingArguments
 from trl_dllm.likelihood import ESTIMATORS, ExactTrajectory, MeanField, StepMerge
 from trl_dllm.scripts import grpo
 
@@ -68,11 +69,13 @@ REFUSED = [
     ({"cfg_scale": 1.5}, "1.5", "generation and evaluation"),
     ({"use_vllm": True}, "True", "masked diffusion decoding"),
     ({"use_transformers_continuous_batching": True}, "True", "leave it off"),
-    ({"top_k": 50}, "50", "use temperature"),
-    ({"top_p": 0.9}, "0.9", "use temperature"),
-    ({"min_p": 0.1}, "0.1", "use temperature"),
+    ({"top_k": 50, "estimator": "pkl"}, "50", "take step_merge"),
+    ({"top_p": 0.9, "estimator": "elbo"}, "0.9", "take step_merge"),
+    ({"min_p": 0.1, "decoding": "any_order"}, "0.1", "any_order for any-order decoding"),
+    ({"top_p": 1.5}, "1.5", "draws among all tokens"),
     ({"repetition_penalty": 1.1}, "1.1", "leave it at 1.0"),
-    ({"generation_kwargs": {"num_beams": 2}}, "{'num_beams': 2}", "block_length"),
+    ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2", "block_length"),
+    ({"generation_kwargs": {"block_lenght": 2}}, "block_lenght=2", "did you mean 'block_length'"),
     ({"cache_implementation": "static"}, "'static'", "use `cache`"),
     ({"use_liger_kernel": True}, "True", "leave it off"),
     ({"router_aux_loss_coef": 0.1}, "0.1", "leave it at 0"),
@@ -191,7 +194,9 @@ def test_an_estimator_instance_replaces_the_named_one(tmp_path):
 
 
 def test_every_field_is_documented_twice():
-    stock, documented = {f.name for f in fields(GRPOConfig)}, " ".join(DiffusionGRPOConfig.__doc__.split())
+    # Those that TRL has too are documented where they mean something here (top_k, …).
+    stock = {f.name for f in fields(GRPOConfig)} - {f.name for f in fields(DecodingArguments)}
+    documented = " ".join(DiffusionGRPOConfig.__doc__.split())
     for f in fields(DiffusionGRPOConfig):
         if f.name not in stock or f.name == "disable_dropout":
             assert f.metadata.get("help"), f.name
@@ -201,31 +206,17 @@ def test_every_field_is_documented_twice():
             assert f.metadata.get("help", "no help") not in documented, f.name
 
 
-@pytest.mark.parametrize(
-    "accumulation, per_generation, iterations, save_steps, multiple",
-    [(2, 2, 2, 3, 2), (2, 2, 2, 4, None), (4, 2, 3, 2, 3), (4, 2, 3, 3, None), (1, 2, 2, 6, 4), (2, 2, 1, 1, None)],
-)
-def test_a_checkpoint_inside_a_cycle_is_warned_about_with_the_right_multiple(
-    tmp_path, recwarn, accumulation, per_generation, iterations, save_steps, multiple
-):
-    build(
-        tmp_path,
-        gradient_accumulation_steps=accumulation,
-        steps_per_generation=per_generation,
-        num_iterations=iterations,
-        save_strategy="steps",
-        save_steps=save_steps,
-    )
-    messages = [str(w.message) for w in recwarn if "save_steps" in str(w.message)]
-    if multiple is None:
-        assert not messages
-    else:
-        assert len(messages) == 1 and f"Multiples of {multiple} resume" in messages[0], messages
-
-
 def test_importing_the_package_does_not_import_trl():
     """TRL takes seconds to import; samplers and likelihoods do without it."""
     code = (
         "import sys, trl_dllm as t; m = sys.modules; assert 'trl' not in m; t.DiffusionGRPOConfig; assert 'trl' in m"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+
+
+def test_decoding_settings_may_stand_in_generation_kwargs(tmp_path):
+    """Where they go before fields, as in TRL."""
+    given = config(tmp_path, generation_kwargs={"block_length": 8, "remasking": "random"}, block_length=4)
+    assert (given.block_length, given.remasking) == (8, "random")
+    assert given.generation_config().block_length == 8
+    build(tmp_path, generation_kwargs={"block_length": 8}).train()

@@ -143,6 +143,29 @@ def test_ddp_equals_one_process(tmp_path, checkpoint, alone):
     compare_ddp(tmp_path, checkpoint, alone, {**{name: everything[name] for name in names}, **COUPLED})
 
 
+def test_two_processes_share_a_reference_an_error_and_their_checkpoints(tmp_path, checkpoint):
+    """Files that one of them writes are found by both, and what is not finite on one ends both."""
+    resumed = {"do": "run_resumed", **STEP_MERGE}
+    runs = {
+        "in memory": {"do": "run_in_memory"},
+        "broken": {"do": "run_broken", "num_segments": 2},
+        "resumed": resumed,
+        "resumed, lora": {**resumed, "peft": True, "steps": [1]},
+    }
+    both = launch(tmp_path, checkpoint, runs, timeout=180)
+    for rank, result in enumerate(both):
+        assert result["in memory"]["reference"], f"rank {rank} has another reference"
+        assert result["in memory"]["kl"][0] == 0 < result["in memory"]["kl"][1]
+        broken = result["broken"]
+        assert broken["error"].startswith("Step 2: the loss is not finite, in process 1, row 0 ("), broken
+        assert "process 0" not in broken["error"] and broken["finite"] and broken["steps"] == 1
+        for name in ("resumed", "resumed, lora"):
+            assert all(all(same) for same in result[name]["same"]), (rank, name, result[name])
+    assert both[0]["resumed"]["flops"] and both[1]["resumed"]["flops"]
+    manifest = json.loads((tmp_path / "resumed" / "checkpoint-2" / "manifest.json").read_text())["files"]
+    assert {"process_state_0.pt", "process_state_1.pt", "rng_state_0.pth", "rng_state_1.pth"} <= manifest.keys()
+
+
 @pytest.mark.slow
 def test_ddp_equals_one_process_in_every_combination(tmp_path, checkpoint, alone):
     compare_ddp(tmp_path, checkpoint, alone, matrix(LOSS))

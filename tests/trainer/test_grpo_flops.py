@@ -26,6 +26,7 @@ SETTINGS = {
     "sequence level": {"num_segments": 3, "importance_sampling_level": "sequence", "loss_type": "grpo", "beta": 0.04},
     "one view": {"estimator": "mean_field", "num_iterations": 2},
     "any_order": {"estimator": "any_order", "decoding": "any_order", "cache": "exact", "num_iterations": 2},
+    "elbo": {"estimator": "elbo", "estimator_kwargs": {"num_samples": 2}, "num_iterations": 2, "beta": 0.04},
     "full KL": {
         "estimator": "pkl_u",
         "estimator_kwargs": {"block_size": 3},

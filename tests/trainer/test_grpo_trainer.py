@@ -180,3 +180,27 @@ def test_flops_are_counted_from_forwards_and_by_d2s_formula(tmp_path, peft):
     assert losses(evaluated, "flops") == counted, "evaluation is no part of the run's cost"
     assert 0 < counted[0] < counted[1]
     assert losses(trainer, "sampling/steps") == [4, 4] and losses(trainer, "sampling/tokens_per_forward") == [2, 2]
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"estimator": "step_merge", "num_segments": 3, "kl_estimator": "k3"},
+        {"estimator": "exact_trajectory", "kl_estimator": "full", "loss_type": "luspo"},
+        {"estimator": "any_order", "decoding": "any_order", "cache": "exact", "kl_estimator": "k3"},
+    ],
+    ids=lambda s: s["estimator"],
+)
+def test_truncated_draws_are_scored_among_the_support_by_every_policy(tmp_path, settings, peft):
+    """Ratio 1 and KL 0 while nothing moves, in every inner iteration; then weights move and the loss stays finite."""
+    settings = {**settings, "top_k": 5, "top_p": 0.9, "beta": 0.04, "num_iterations": 2, "max_steps": 4, "peft": peft}
+    trainer = build(tmp_path, learning_rate=0.0, **settings)
+    trainer.train()
+    assert all(batch["support"].shape[:2] == batch["completion_ids"].shape for batch in trainer._buffered_inputs)
+    assert all(batch["support"].shape[2] <= 5 for batch in trainer._buffered_inputs)
+    assert losses(trainer, "kl") == [0.0] * 4 and losses(trainer, "clip_ratio/region_mean") == [0.0] * 4
+    trainer = build(tmp_path, **settings)
+    before = weights(trainer)
+    trainer.train()
+    assert moved(before, trainer) and all(map(math.isfinite, losses(trainer) + losses(trainer, "kl")))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
@@ -313,6 +314,17 @@ def test_draws_differ_between_steps_and_repeat_on_a_rerun_and_a_resume(tmp_path,
     third.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     assert len(views) == 1 and (views[0].targets == before[2][1]).all()
     assert losses(third)[-1] == pytest.approx(losses(first)[-1], abs=1e-6)
+
+
+def test_an_adapter_that_does_not_fit_is_not_resumed_from(tmp_path):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj"])
+    trainer(tmp_path, peft_config=lora, save_strategy="steps", save_steps=1, max_steps=1).train()
+    path = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
+    save_file({key.replace("o_proj", "other"): value for key, value in load_file(path).items()}, path)
+    for file in (path.parent / "manifest.json", *path.parent.glob("process_state*")):
+        file.unlink()  # as from stock TRL: the sizes would tell first
+    with pytest.raises(ValueError, match=r"no place for: .*other.lora_A.weight, .*no weights for: .*o_proj"):
+        trainer(tmp_path, peft_config=lora, max_steps=2).train(resume_from_checkpoint=str(path.parent))
 
 
 def test_equal_rows_are_masked_differently_in_a_step_and_between_steps(tmp_path, monkeypatch):

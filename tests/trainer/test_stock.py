@@ -1,16 +1,18 @@
 """What every trainer refuses before any weight is loaded, and what it checks of TRL."""
 
 import pytest
+import torch
 import transformers
-from helpers_grpo import config, moved, reward, text_prompts, tiny, weights
+from helpers_grpo import as_rollout, build, config, lora, moved, reward, text_prompts, tiny, weights
 from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, LlamaConfig
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
 from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm.likelihood import ExactTrajectory, token_logps
 from trl_dllm.trainer.grpo_trainer import _OVERRIDDEN as GRPO_OVERRIDES
 from trl_dllm.trainer.sft_trainer import _OVERRIDDEN as SFT_OVERRIDES
-from trl_dllm.trainer.stock import check_trl
+from trl_dllm.trainer.stock import check_trl, known_arguments, without_dropout
 
 
 def make(tmp_path, model, tokenizer=None, args=None, **kwargs):
@@ -127,11 +129,94 @@ def test_a_trl_whose_methods_moved_is_refused_by_name(monkeypatch):
     class Gone:
         pass
 
-    with pytest.raises(RuntimeError, match=r"Gone._generate does not exist"):
+    with pytest.raises(RuntimeError, match=r"Gone._generate_single_turn does not exist"):
         check_trl(Gone, GRPO_OVERRIDES)
 
 
 def test_a_stock_config_with_an_option_that_does_not_apply_is_refused(tmp_path, checkpoint, no_weights):
-    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, top_k=5)
-    with pytest.raises(ValueError, match="top_k=5"):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, repetition_penalty=1.2)
+    with pytest.raises(ValueError, match=r"repetition_penalty=1\.2"):
         make(tmp_path, checkpoint(), args=args)
+
+
+def test_only_arguments_that_this_version_takes_are_given():
+    def older(model, gather=True):
+        pass
+
+    assert known_arguments(older, gather=False, checkpointing=None) == {"gather": False}
+
+
+class Noisy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention_dropout = 0.5
+        self.inner = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
+
+
+def test_dropout_is_off_while_drawing_and_nothing_else_changes():
+    model = Noisy().train()
+    model.inner[1].eval()
+    other = torch.nn.Dropout(0.5)
+    model.inner.append(other)
+    with pytest.raises(KeyError), without_dropout(model):
+        assert not model.training and not other.training and model.inner.training and model.inner[0].training
+        raise KeyError
+    assert model.training and other.training and not model.inner[1].training
+
+
+def test_rollouts_are_drawn_without_dropout(tmp_path):
+    """Whatever `disable_dropout` says: the exact likelihood, scored without dropout, is the sampler's."""
+    trainer = build(tmp_path, estimator="exact_trajectory", peft=lora(lora_dropout=0.5), disable_dropout=False)
+    assert any(isinstance(m, torch.nn.Dropout) and m.p == 0.5 for m in trainer.model.modules())
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            if p.requires_grad:
+                p.normal_(0, 0.3)
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[i // 4] for i in range(8)])
+    rollout = as_rollout(trainer, batch)
+    trainer.model.eval()
+    with torch.no_grad():
+        logps = token_logps(trainer.model, rollout, ExactTrajectory()).logps
+    counted = rollout.counted
+    torch.testing.assert_close(logps[counted], rollout.logps[counted], atol=1e-5, rtol=0)
+
+
+def test_options_set_after_construction_are_checked_when_training_starts(tmp_path):
+    trainer = build(tmp_path)
+    trainer.args.block_length = 3
+    with pytest.raises(ValueError, match="block_length=3 does not divide max_completion_length=8"):
+        trainer.train()
+    trainer.args.block_length = 8
+    trainer.train()
+    assert trainer.sampling.block_length == 8
+
+
+def test_a_temperature_of_zero_warns_that_nothing_is_learned(tmp_path):
+    with pytest.warns(UserWarning, match="temperature=0: the completions of a group are all the same"):
+        build(tmp_path, temperature=0.0)
+
+
+def test_two_evaluations_at_one_step_draw_the_same_completions(tmp_path):
+    data = text_prompts(2)
+    trainer = build(tmp_path, eval_dataset=data, num_generations_eval=2, per_device_eval_batch_size=4)
+    drawn = []
+    generate = trainer._generate_and_score_completions
+
+    def keeping(inputs):
+        batch = generate(inputs)
+        drawn.append(batch["completion_ids"])
+        return batch
+
+    trainer._generate_and_score_completions = keeping
+    first, second = trainer.evaluate(), trainer.evaluate()
+    half = len(drawn) // 2
+    assert half > 1 and all(torch.equal(a, b) for a, b in zip(drawn[:half], drawn[half:], strict=True))
+    assert first["eval_reward"] == second["eval_reward"]
+
+
+def test_the_option_that_was_set_is_the_one_that_is_named(tmp_path):
+    with pytest.raises(ValueError, match="use_transformers_paged=True"), pytest.warns(FutureWarning):
+        config(tmp_path, use_transformers_paged=True)
+    with pytest.raises(ValueError, match=r"use_liger_kernel=True .*model_type"):
+        config(tmp_path, use_liger_kernel=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..models import NEVER, Attention, Layout, apply_head, order_levels, unwrap, view_inputs
+from ..models import EVERYTHING, NEVER, Attention, Layout, apply_head, order_levels, unwrap, view_inputs
 from .denoising import Denoising
 
 
@@ -24,7 +24,7 @@ class AnyOrderDecoding(Denoising):
         step = self.unmask_step[rows]
         level, _ = order_levels(step)
         # A masked position is seen by itself alone, and sees all that is revealed.
-        sees = level.masked_fill(step < 0, NEVER - 1)
+        sees = level.masked_fill(step < 0, EVERYTHING)
         prompt = torch.zeros_like(self.prompt_ids[rows])
         return Attention(
             level=torch.cat([prompt.masked_fill(~self.prompt_mask[rows], NEVER), level], dim=1),
@@ -104,7 +104,7 @@ class CachedAnyOrderDecoding(Denoising):
         level[new_row, new_place] = order[new_row, new_position]
         sees = torch.zeros_like(chunk)
         sees[new_row, new_place] = order[new_row, new_position]
-        sees[row, mask_place] = NEVER - 1
+        sees[row, mask_place] = EVERYTHING
         chunk[new_row, new_place] = new_position
         chunk[row, mask_place] = position
         ids = torch.full_like(chunk, self.spec.mask_token_id)
@@ -131,7 +131,7 @@ class CachedAnyOrderDecoding(Denoising):
         self.fresh[rows] = False
         return out
 
-    def reveal(self, row: Tensor, position: Tensor) -> None:
+    def on_reveal(self, row: Tensor, position: Tensor) -> None:
         self.fresh[row, position] = True
 
 

@@ -1,6 +1,6 @@
 """How a canvas is decoded. Each setting is declared here once, for the sampler, the trainer and the command line."""
 
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
 from ..fields import check_fields, check_kind, document_fields
 from .order import MEASURES, VALUE_INDEPENDENT
@@ -16,7 +16,9 @@ class DecodingArguments:
     """The decoding settings that sampler, trainer and command line share.
 
     A new one is a field here: from it come an argument of `DiffusionGenerationConfig`, a key of recipes and of
-    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them.
+    `DiffusionGRPOConfig`, a flag of `eval`, `generate` and `report`, and the documentation of all of them. One that
+    changes what is drawn acts in `Denoising._draw`; where the scorer does not follow it, `grpo_config._REFUSED` and
+    `scripts/report.py` refuse it.
     """
 
     block_length: int | None = field(
@@ -53,6 +55,23 @@ class DecodingArguments:
             "schedule; diffusion_steps then plays no part."
         },
     )
+    top_k: int = field(
+        default=0,
+        metadata={"help": "Draw among the k most probable tokens alone; 0 draws among all."},
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={
+            "help": "Draw among the most probable tokens whose probabilities add up to this; 1 draws among all."
+        },
+    )
+    min_p: float | None = field(
+        default=None,
+        metadata={
+            "help": "Draw among the tokens that are at least this fraction as probable as the most probable one; None "
+            "draws among all."
+        },
+    )
     stop_at_eos: bool = field(
         default=True,
         metadata={
@@ -83,6 +102,11 @@ class DecodingArguments:
         },
     )
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens are never drawn (`top_k`, `top_p`, `min_p`)."""
+        return self.top_k > 0 or self.top_p < 1 or bool(self.min_p)
+
     def check_decoding(self, canvas_length: int, canvas_name: str) -> tuple[int, int]:
         """Check every decoding field; returns block length and steps for the canvas, filled in where they are None.
 
@@ -105,6 +129,12 @@ class DecodingArguments:
                 f"confidence_threshold={self.confidence_threshold} has no measure to compare with under "
                 "remasking='left_to_right'; choose 'low_confidence', 'margin', 'entropy' or 'random'."
             )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must not be negative (0 draws among all tokens).")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 draws among all tokens.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be in [0, 1], or None to draw among all tokens.")
         check_kind(canvas_name, canvas_length, int)
         if canvas_length < 1:
             raise ValueError(f"{canvas_name}={canvas_length} must be at least 1.")
@@ -147,6 +177,26 @@ class DiffusionGenerationConfig(DecodingArguments):
             self.eos_token_ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
             for token in self.eos_token_ids:
                 check_kind("eos_token_ids", token, int)
+
+    def resized(self, canvas_length: int, block_length: int | None = None) -> "DiffusionGenerationConfig":
+        """The same decoding of another canvas, or in other blocks: as many tokens a step, rounded up.
+
+        Blocks of None stay as long as they are where they divide the canvas, and are the default ones where not.
+        """
+        assert self.block_length is not None and self.diffusion_steps is not None  # filled in by __post_init__
+        check_kind("max_new_tokens", canvas_length, int)
+        check_kind("block_length", block_length, int | None)
+        if block_length is None and canvas_length % self.block_length == 0:
+            block_length = self.block_length
+        block_length, _ = resolve_schedule(canvas_length, block_length, None, None)
+        steps = block_length * self.diffusion_steps // self.max_new_tokens
+        return replace(
+            self,
+            max_new_tokens=canvas_length,
+            block_length=block_length,
+            diffusion_steps=canvas_length // block_length * min(max(steps, 1), block_length),
+            tokens_per_step=None,
+        )
 
     @property
     def steps_per_block(self) -> int:

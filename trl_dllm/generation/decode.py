@@ -6,12 +6,26 @@ import torch
 from torch import Tensor, nn
 
 from ..models import MaskedDiffusionSpec, unwrap
-from ..models.spec import check_positions, check_unshifted
+from ..models.spec import check_full_attention, check_positions, check_unshifted
 from ..noise import Purpose, hash64
 from ..rollout import Rollout
 from .any_order import AnyOrderDecoding, CachedAnyOrderDecoding
 from .config import DiffusionGenerationConfig
 from .denoising import Denoising
+
+
+class LogitsNotFinite(FloatingPointError):
+    """A model whose logits were NaN or infinite while it decoded `rows`: any token could have been drawn."""
+
+    what = "the model's logits are not finite while it decodes"
+
+    def __init__(self, rows: list[int]):
+        self.rows = rows
+        shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+        super().__init__(
+            f"{self.what}, in {len(rows)} row(s) of the batch: {shown}. Its weights may be damaged, or the run "
+            "that made them may have diverged; where float16 overflows, bfloat16 does not."
+        )
 
 
 @torch.no_grad()
@@ -47,10 +61,12 @@ def generate(
         threshold.
 
     Raises:
-        ValueError: a model that is no masked diffusion model, an empty prompt for a shifted family, or a prompt and
-            canvas beyond the model's positions.
+        ValueError: a model that is no masked diffusion model or a block-causal one, an empty prompt for a shifted
+            family, or a prompt and canvas beyond the model's positions.
+        LogitsNotFinite: NaN or infinite logits, found in the log-probs of what was drawn, once for the whole batch.
     """
     spec = spec or MaskedDiffusionSpec.from_model(model)
+    check_full_attention(f"decoding={config.decoding!r}", spec.block_size)
     prompt_mask = prompt_mask.bool()
     rows = prompt_ids.shape[0]
     longest = int(prompt_mask.sum(dim=1).max()) if rows else 0
@@ -74,4 +90,8 @@ def generate(
         while still_running(bool(state.active.any())):
             state.step()
         parts.append(state.rollout())
-    return Rollout.cat(parts)
+    rollout = Rollout.cat(parts)
+    broken = (~rollout.logps.isfinite()).any(dim=1).nonzero().squeeze(1).tolist()
+    if broken:
+        raise LogitsNotFinite(broken)
+    return rollout

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..models import Attention, ForwardFlops, Layout, apply_head, log_probs, unwrap, view_inputs
+from ..models import Attention, ForwardFlops, Layout, apply_head, log_probs, restrict, unwrap, view_inputs
 from ..noise import Purpose, uniform
-from ..rollout import Rollout, count_until_eos
-from .order import draw_tokens, measure, reveal
+from ..rollout import Rollout, count_until_eos, widen
+from .order import choose, draw_tokens, measure, named, truncate
 
 
 def default_eos(model: nn.Module) -> tuple[int, ...]:
@@ -36,6 +36,11 @@ class Denoising:
         self.unmask_step = torch.full((rows, canvas_length), -1, dtype=torch.int64, device=device)
         self.logps = torch.zeros(
             rows, canvas_length, dtype=torch.promote_types(unwrap(model).dtype, torch.float32), device=device
+        )
+        # A greedy draw takes the most probable token, which no truncation leaves out.
+        truncated = config.truncates and config.temperature > 0
+        self.support = (
+            torch.full((rows, canvas_length, 1), -1, dtype=torch.int32, device=device) if truncated else None
         )
         self.block = torch.zeros(rows, dtype=torch.int64, device=device)  # the row's current block
         self.taken = torch.zeros(rows, dtype=torch.int64, device=device)  # steps taken by the row
@@ -60,18 +65,21 @@ class Denoising:
         in_block = canvas // config.block_length == self.block[active, None]
         candidates = in_block & (self.unmask_step[active] < 0)
         row, position = candidates.nonzero(as_tuple=True)
-        token, logp, value = self._draw(active, row, position)
+        token, logp, value, support = self._draw(active, row, position)
 
         measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put(
             (row, position), value
         )
         count = self.schedule[self.taken_in_block[active].clamp(max=len(self.schedule) - 1)]
-        kept = reveal(measures, candidates, count, config.confidence_threshold)[row, position]
+        kept = choose(measures, candidates, count, config.confidence_threshold)[row, position]
         row, position = active[row[kept]], position[kept]
         self.tokens[row, position] = token[kept]
         self.logps[row, position] = logp[kept]
         self.unmask_step[row, position] = self.taken[row]
-        self.reveal(row, position)
+        if self.support is not None and support is not None:
+            self.support, support = widen([self.support, support[kept]])
+            self.support[row, position] = support
+        self.on_reveal(row, position)
         self.taken[active] += 1
         self.taken_in_block[active] += 1
         self._next_block(active)
@@ -111,13 +119,17 @@ class Denoising:
         self.flops += self.count_flops(len(ids), width, width, len(head_rows), together=len(ids) // len(rows))
         return apply_head(self.model, inputs, head_rows, reduce, *args)
 
-    def reveal(self, row: Tensor, position: Tensor) -> None:
+    def on_reveal(self, row: Tensor, position: Tensor) -> None:
         """Called with the positions that a step has revealed."""
 
-    def _draw(self, rows: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw a token at each (rows[row], position): tokens, their log-probs and their measures, (n,) each."""
+    def _draw(self, rows: Tensor, row: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Draw a token at each (rows[row], position): tokens, their log-probs and their measures, (n,) each.
+
+        And, under truncation, the tokens that could have been drawn, (n, K).
+        """
         config, mask_token_id = self.config, self.spec.mask_token_id
         seed, step = self.seeds[rows[row]], self.taken[rows[row]]
+        supports: list[Tensor] = []  # of the head's tiles, in their order
         draws = [uniform(seed, purpose, step, position) for purpose in (Purpose.TOKEN, Purpose.ORDER)]
 
         def reduce(logits: Tensor, draw: Tensor) -> Tensor:
@@ -126,15 +138,25 @@ class Denoising:
                 logits = logits[:, 1] + (config.cfg_scale + 1) * (logits[:, 0] - logits[:, 1])
             plain = log_probs(logits, mask_token_id)
             tempered = log_probs(logits, mask_token_id, config.temperature)
-            token = plain.argmax(dim=-1) if config.temperature == 0 else draw_tokens(tempered, draw[:, 0])
-            logp = tempered.gather(1, token[:, None]).squeeze(1)
+            if self.support is not None:
+                supports.append(named(truncate(tempered, config.top_k, config.top_p, config.min_p)))
+                among = restrict(tempered, supports[-1])
+                choice = draw_tokens(among, draw[:, 0])[:, None]
+                token, logp = (x.gather(1, choice).squeeze(1) for x in (supports[-1].long(), among))
+            else:
+                token = plain.argmax(dim=-1) if config.temperature == 0 else draw_tokens(tempered, draw[:, 0])
+                logp = tempered.gather(1, token[:, None]).squeeze(1)
             # float64 holds token ids and float32 log-probs exactly.
             return torch.stack(
                 [token.double(), logp.double(), measure(config.remasking, plain, token, draw[:, 1]).double()], dim=1
             )
 
         out = self.forward(rows, row, position, reduce, torch.stack(draws, dim=1))
-        return out[:, 0].long(), out[:, 1].to(self.logps.dtype), out[:, 2]
+        support = None
+        if supports:  # without the rows that fill up the last tile, which may name everything
+            support = torch.cat(widen(supports))[: len(out)]
+            support = support[:, : int((support >= 0).sum(dim=1).max())]
+        return out[:, 0].long(), out[:, 1].to(self.logps.dtype), out[:, 2], support
 
     def rollout(self) -> Rollout:
         return Rollout(
@@ -149,4 +171,5 @@ class Denoising:
             temperature=self.config.temperature,
             num_forwards=self.num_forwards,
             flops=self.flops,
+            support=self.support,
         )

@@ -1,5 +1,7 @@
 """Which of the tokens drawn in a step are kept."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,32 @@ def draw_tokens(log_p: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp(max=log_p.shape[-1] - 1)
 
 
+def truncate(log_p: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float | None = None) -> Tensor:
+    """Tokens that may be drawn, bool (n, V): top-k, then top-p of what is left, then min-p, as TRL's sampler has them.
+
+    Ties with the k-th token stay, the most probable token always does, and one of probability 0 (the mask) never.
+    """
+    keep = log_p > torch.finfo(log_p.dtype).min / 8  # `log_probs` gives the mask a quarter of the minimum
+    if 0 < top_k < log_p.shape[-1]:
+        keep &= log_p >= log_p.topk(top_k, dim=-1).values[:, -1:]
+    if top_p < 1:
+        p, order = log_p.masked_fill(~keep, -torch.inf).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        # A token stays if those before it do not reach top_p yet.
+        keep &= torch.zeros_like(keep).scatter(1, order, p.cumsum(dim=-1) - p < top_p)
+    if min_p:
+        keep &= log_p >= log_p.amax(dim=-1, keepdim=True) + math.log(min_p)
+    return keep
+
+
+def named(keep: Tensor) -> Tensor:
+    """The tokens that `keep` (n, V) marks, int32 (n, K) with K the most that a row has, filled up with -1."""
+    row, token = keep.nonzero(as_tuple=True)
+    count = keep.sum(dim=1)
+    place = torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row]
+    out = torch.full((len(keep), int(count.max())), -1, dtype=torch.int32, device=keep.device)
+    return out.index_put((row, place), token.int())
+
+
 def measure(remasking: str, log_p: Tensor, tokens: Tensor, uniform: Tensor) -> Tensor:
     """How early a position is to be revealed, (n,): larger is earlier.
 
@@ -41,12 +69,12 @@ def measure(remasking: str, log_p: Tensor, tokens: Tensor, uniform: Tensor) -> T
         return (log_p.exp() * log_p).sum(dim=-1)
     if remasking == "random":
         return uniform.to(log_p.dtype)
-    return torch.zeros_like(
-        uniform, dtype=log_p.dtype
-    )  # left_to_right: all equal, and ties go to the smaller position
+    if remasking == "left_to_right":  # all equal, and ties go to the smaller position
+        return torch.zeros_like(uniform, dtype=log_p.dtype)
+    raise ValueError(f"remasking={remasking!r} is unknown; choose one of {', '.join(MEASURES)}.")
 
 
-def reveal(measures: Tensor, candidates: Tensor, count: Tensor, threshold: float | None) -> Tensor:
+def choose(measures: Tensor, candidates: Tensor, count: Tensor, threshold: float | None) -> Tensor:
     """Positions to reveal, bool (B, W), among `candidates` (B, W).
 
     The `count` (B,) largest measures, ties to the smaller position; or, with a threshold, every measure above it and

@@ -14,7 +14,7 @@ attends to a mask other than itself, which is why the decoder has an exact key/v
 import torch
 from torch import Tensor
 
-from ..models.attention import NEVER, Attention, order_levels
+from ..models.attention import EVERYTHING, NEVER, Attention, order_levels
 from ..models.spec import check_unshifted
 from ..rollout import Rollout
 from .view import IGNORE, Estimator, View, prompt_positions
@@ -30,9 +30,8 @@ def two_stream_view(rollout: Rollout, bidirectional: bool = False) -> View:
     level, below = order_levels(rollout.unmask_step)
     prompt_level = torch.zeros_like(prompt)
     never = torch.full_like(tokens, NEVER)
-    everything = NEVER - 1
-    token_sees = torch.full_like(level, everything) if bidirectional else level.masked_fill(~rollout.revealed, 0)
-    prompt_sees = torch.full_like(prompt, everything) if bidirectional else prompt_level
+    token_sees = torch.full_like(level, EVERYTHING) if bidirectional else level.masked_fill(~rollout.revealed, 0)
+    prompt_sees = torch.full_like(prompt, EVERYTHING) if bidirectional else prompt_level
     prompt_position, canvas_position = prompt_positions(rollout)
     unscored = torch.full((rows, prompt.shape[1] + canvas_length), IGNORE, dtype=tokens.dtype, device=tokens.device)
     index = torch.arange(canvas_length, device=tokens.device).expand(rows, -1)
@@ -60,7 +59,7 @@ class AnyOrder(Estimator):
     Refused for families with shifted logits.
     """
 
-    exact_for = ("any_order",)
+    replays = exact_for = ("any_order",)
 
     def check(self, logits_shift: int) -> None:
         check_unshifted("AnyOrder", logits_shift)

@@ -19,8 +19,8 @@ class Elbo(Estimator):
     """Monte-Carlo evidence lower bound over the counted positions (ESPO, GDPO).
 
     Its R / l-weighted terms are no log-probs of tokens, and exponentiating their differences is meaningless: the bound
-    is a number of the sequence. So a row's estimate, which is unbiased, is spread evenly over its n counted positions,
-    ELBO / n on each. A ratio is then exp((ELBO_θ - ELBO_old) / n) at the token and at the sequence level alike, the k3
+    is a number of the sequence. So a row's estimate, which is unbiased, is spread evenly over its R counted positions,
+    ELBO / R on each. A ratio is then exp((ELBO_θ - ELBO_old) / R) at the token and at the sequence level alike, the k3
     KL is that of the mean difference, and every loss keeps its meaning. Costs `num_samples` forwards of P + L tokens a
     row.
 

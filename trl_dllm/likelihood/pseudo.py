@@ -57,8 +57,8 @@ class BlockPseudoLikelihood(Estimator):
         self.block_size, self.mask_attention = block_size, mask_attention
         self.views = None if isinstance(num_views, str) else num_views  # None: as many as the positions need
 
-    # Which set a position falls into is random, even where every position is scored; only alone, or with all others,
-    # it makes no difference.
+    # Which set a position falls into is random, even where every position is scored. Only with one position a set, or
+    # all of them in one, does the draw not change the numbers.
     stochastic = True
 
     def sub_samples(self, canvas_length: int) -> bool:
@@ -132,7 +132,7 @@ class TrajectoryPseudoLikelihood(Estimator):
         if clean_rows not in ("causal", "bidirectional"):
             raise ValueError(f"clean_rows={clean_rows!r} is unknown; choose 'causal' or 'bidirectional'.")
         self.clean_rows = clean_rows
-        self.exact_for = ("any_order",) if clean_rows == "causal" else ()
+        self.replays = self.exact_for = ("any_order",) if clean_rows == "causal" else ()
 
     def check(self, logits_shift: int) -> None:
         check_unshifted("TrajectoryPseudoLikelihood", logits_shift)

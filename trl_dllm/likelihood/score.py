@@ -8,7 +8,8 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from ..models import MaskedDiffusionSpec, apply_head, entropy, log_probs, view_inputs
+from ..models import MaskedDiffusionSpec, apply_head, entropy, log_probs, restrict, view_inputs
+from ..models.spec import check_full_attention
 from ..rollout import Rollout
 from .view import IGNORE, Estimator, View, perturb_prompt
 
@@ -64,12 +65,13 @@ def score_view(
     batch_size: int | None = None,
     differentiable_entropy: bool = False,
     reference: Reference | None = None,
+    support: Tensor | None = None,
 ) -> TokenScores:
     """Score one view: one forward, or one for each `batch_size` rows. `canvas_length` is L.
 
     The log-probs and KLs carry gradients where they are enabled; the entropies only if `differentiable_entropy`. With
     a `reference`, it is run on the same view without gradients, and its logits are made a tile at a time beside the
-    model's.
+    model's. With a `support` (B, L, K) all distributions are among the tokens that it names.
     """
     rows = view.input_ids.shape[0]
     batch_size = batch_size or rows
@@ -81,23 +83,33 @@ def score_view(
         rows_scored = chosen - spec.logits_shift
         hidden, project = (None, None) if reference is None else reference(inputs, rows_scored)
 
-        def statistics(logits: Tensor, target: Tensor, other: Tensor | None = None, project=project) -> Tensor:
-            log_p = log_probs(logits, spec.mask_token_id, temperature)
-            token = log_p.gather(1, target[:, None]).squeeze(1)
+        def statistics(logits: Tensor, target: Tensor, *args: Tensor, project=project) -> Tensor:
+            tokens = None if support is None else args[0]
+
+            def distribution(logits: Tensor) -> Tensor:
+                log_p = log_probs(logits, spec.mask_token_id, temperature)
+                return log_p if tokens is None else restrict(log_p, tokens)
+
+            log_p = distribution(logits)
+            place = target if tokens is None else (tokens == target[:, None]).long().argmax(dim=1)
+            token = log_p.gather(1, place[:, None]).squeeze(1)
             columns = [token, entropy(log_p if differentiable_entropy else log_p.detach())]
-            if other is not None:
+            if project is not None:
                 with torch.no_grad():
-                    log_q = log_probs(project(other), spec.mask_token_id, temperature)
+                    log_q = distribution(project(args[-1]))
                 columns.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
             return torch.stack(columns, dim=1)
 
         # In a shifted family the row before a position predicts it. Targets stand behind at least one prompt token
         # there (see `token_logps`), so the row before never belongs to the previous sequence.
-        row_args = (part.targets.flatten()[chosen],) + (() if hidden is None else (hidden,))
+        place = chosen // view.input_ids.shape[1] * canvas_length + part.index.flatten()[chosen]
+        row_args = [part.targets.flatten()[chosen]]
+        if support is not None:
+            row_args.append(support[start : start + batch_size].flatten(0, 1)[place])
+        if hidden is not None:
+            row_args.append(hidden)
         scores = apply_head(model, inputs, rows_scored, statistics, *row_args)
         scores = scores * part.weight.flatten()[chosen, None].to(scores.dtype)
-        width = view.input_ids.shape[1]
-        place = chosen // width * canvas_length + part.index.flatten()[chosen]
         # index_put with accumulation, so that a position scored at several rows of a view is summed.
         table = scores.new_zeros(part.input_ids.shape[0] * canvas_length, scores.shape[1])
         table = table.index_put((place,), scores, accumulate=True)
@@ -120,7 +132,13 @@ def counted_view(estimator: Estimator, rollout: Rollout, n: int, seeds: Tensor, 
 
 def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusionSpec) -> None:
     """Raise ValueError where the model family cannot answer for the estimator or the rollout."""
+    check_full_attention(type(estimator).__name__, spec.block_size)
     estimator.check(spec.logits_shift)
+    if rollout.support is not None and not estimator.replays:
+        raise ValueError(
+            f"{type(estimator).__name__} scores other distributions than the sampler drew from, and which of their "
+            "tokens top_k, top_p and min_p would leave is not known. Draw without them, or score with step_merge."
+        )
     if spec.mask_token_id != rollout.mask_token_id:
         raise ValueError(
             f"mask_token_id={rollout.mask_token_id} in the rollout, {spec.mask_token_id} in the model: they do not "
@@ -177,7 +195,10 @@ def token_logps(
     canvas_length = rollout.completion_ids.shape[1]
     views = (counted_view(estimator, rollout, n, seeds, iteration) for n in range(estimator.num_views(rollout)))
     scores = TokenScores.sum(
-        score_view(model, view, canvas_length, spec, temperature, batch_size, differentiable_entropy) for view in views
+        score_view(
+            model, view, canvas_length, spec, temperature, batch_size, differentiable_entropy, support=rollout.support
+        )
+        for view in views
     )
     scores = replace(scores, logps=estimator.assemble(scores.logps, rollout.counted))
     return replace(scores, scored=estimator.scored(rollout, seeds, iteration) & rollout.counted)

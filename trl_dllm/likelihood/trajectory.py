@@ -39,6 +39,8 @@ class StepMerge(Estimator):
         num_segments (`int`): N, the number of cuts. Costs N forwards of P + L tokens a row.
     """
 
+    replays = ("denoising",)
+
     def __init__(self, num_segments: int = 8):
         if num_segments < 1:
             raise ValueError(f"num_segments={num_segments} must be at least 1 (1 is the one-step mean field).")
@@ -70,7 +72,7 @@ class ExactTrajectory(Estimator):
     many forwards of P + L tokens as the slowest row took steps.
     """
 
-    exact_for = ("denoising",)
+    replays = exact_for = ("denoising",)
 
     def num_views(self, rollout: Rollout) -> int:
         return max(1, int(rollout.num_steps.max()))

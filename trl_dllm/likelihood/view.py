@@ -46,7 +46,8 @@ class Estimator:
     """What a paper says: which views of a rollout a likelihood is read from.
 
     Subclasses set `stochastic` (views need a draw per inner iteration), `disjoint` (no position's number depends on
-    two views) and `per_token` (a position's number is its own), and implement `num_views` and `view`.
+    two views) and `per_token` (a position's number is its own token's, not a share of the row's), and implement
+    `num_views` and `view`.
     `view(rollout, n, …)` must also answer for n beyond a rollout's own number of views, by a view that scores nothing:
     with several processes each of them runs the largest number.
     """
@@ -54,6 +55,7 @@ class Estimator:
     stochastic = False
     disjoint = True
     per_token = True
+    replays: tuple[str, ...] = ()  # decoders whose canvases its views are, as they stood before a step
     exact_for: tuple[str, ...] = ()  # decoders whose own log-probs it equals, whatever the rollout
 
     def num_views(self, rollout: Rollout) -> int:

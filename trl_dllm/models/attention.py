@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .head import unwrap
 
 
-NEVER = torch.iinfo(torch.int64).max
+NEVER = torch.iinfo(torch.int64).max  # level of a column that only its own row sees
+EVERYTHING = NEVER - 1  # reach of a row that sees every column of another level
 
 
 @dataclass(frozen=True)

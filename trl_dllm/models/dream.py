@@ -5,10 +5,12 @@ kept from the autoregressive model it was initialised from; the first completion
 before it.
 """
 
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from .hub import HubConfig, HubKeys
 
 
-class DreamConfig(Qwen2Config):
+class DreamConfig(HubConfig, Qwen2Config):
     """Config of Dream.
 
     Args:
@@ -26,20 +28,12 @@ class DreamConfig(Qwen2Config):
     logits_shift: int = 1
     is_causal: bool = False
 
-    def __post_init__(self, **kwargs):
-        kwargs.pop("auto_map", None)
-        super().__post_init__(**kwargs)
-        # TRL reads auto_map; a folder saved here has no modelling files for it to point at.
-        self.auto_map = {}
 
-    def to_dict(self) -> dict:
-        output = super().to_dict()
-        output.pop("auto_map", None)
-        output["rope_theta"] = output["rope_parameters"]["rope_theta"]  # where the original code looks for it
-        return output
-
-
-class DreamModel(Qwen2ForCausalLM):
+class DreamModel(HubKeys, Qwen2ForCausalLM):
     """Dream: the row before a position predicts that position."""
 
     config_class = DreamConfig
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """The class that Dream's checkpoints name; its files are Qwen2's, with special tokens of their own."""

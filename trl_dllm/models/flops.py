@@ -7,6 +7,7 @@ out (under 1 %). `paper_flops` is the estimate that d2 plots its results against
 
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +28,8 @@ _STAGES = {
     "k_norm": 2,
     "o_proj": 4,
     "post_attention_layernorm": 5,
+    "gate": 6,  # a router, and the experts' fused matrices
+    "gate_up_proj": 6,
     "gate_proj": 6,
     "up_proj": 6,
     "down_proj": 7,
@@ -46,8 +49,9 @@ class _Matrix(NamedTuple):
 
     name: str
     cost: int  # operations of one product with one token
-    adapter: str | None  # the LoRA adapter that it belongs to
-    in_head: bool
+    adapter: str | None = None  # the LoRA adapter that it belongs to
+    in_head: bool = False
+    routed: bool = False  # a router's or an expert's, which are parameters and no linear layers
 
 
 class ForwardFlops:
@@ -55,7 +59,7 @@ class ForwardFlops:
 
     Linear layers (LoRA's two matrices too) cost 2·in·out a token, attention 4·heads·head_dim a (query, key) pair and
     layer whatever its mask, and the head 2·hidden·V for each row that it is applied to, in whole tiles. Of adapters,
-    LoRA's are counted.
+    LoRA's are counted; of a layer's experts, as many as a token is sent to.
     """
 
     def __init__(self, model: nn.Module):
@@ -124,7 +128,9 @@ class TrainingFlops(ForwardFlops):
             for name, parameter in self._model.named_parameters(remove_duplicate=False)
             if parameter.requires_grad
         }
-        self._trained = {m for m in self._matrices if _WRAPPERS.sub("", f"{m.name}.weight") in trained}
+        self._trained = {
+            m for m in self._matrices if _WRAPPERS.sub("", m.name if m.routed else f"{m.name}.weight") in trained
+        }
         self._positions = {m: self._position(m.name) for m in self._matrices}
         self._first = min(map(self._position, trained), default=None)
 
@@ -174,8 +180,10 @@ class TrainingFlops(ForwardFlops):
                 per_token += sum(m.cost for m in inside)
                 attention += 1
                 reentrant = getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
-                if inside and not reentrant:
-                    per_token -= max(inside, key=self._positions.__getitem__).cost
+                last = max(reversed(inside), key=self._positions.__getitem__, default=None)
+                # What an expert gives is needed: the routing weight that multiplies it has a gradient.
+                if last is not None and not reentrant and not last.routed:
+                    per_token -= last.cost
         per_pair = int(attention * self.per_pair / self.num_layers)
         return tokens * (per_token + width * per_pair) + tile_rows * per_head_row
 
@@ -284,8 +292,10 @@ def _in_tiles(head_rows: int) -> int:
 
 def _matrices(model: PreTrainedModel) -> list[_Matrix]:
     head = _name_of(model, model.get_output_embeddings())
+    top_k = getattr(model.config.get_text_config(), "num_experts_per_tok", 0)
     found = []
     for name, module in model.named_modules():
+        found += [_Matrix(f"{name}.{part}", cost, routed=True) for part, cost in _routed(module, top_k)]
         # A wrapper shows the shape of what it wraps, and a copy that PEFT trains has the shape of its original.
         wrapper = isinstance(module, _peft_wrappers()) or "modules_to_save" in name
         if wrapper or not hasattr(module, "in_features") or not hasattr(module, "out_features"):
@@ -296,6 +306,16 @@ def _matrices(model: PreTrainedModel) -> list[_Matrix]:
         adapter = parts[-1] if parts[-2:-1] in (["lora_A"], ["lora_B"]) else None
         found.append(_Matrix(name, cost, adapter, _inside(name, head)))
     return found
+
+
+def _routed(module: nn.Module, top_k: int) -> Iterator[tuple[str, int]]:
+    """Weights of a router or of a layer's experts, which are no linear layers, and a token's operations with each."""
+    weights = {name: _numel(parameter) for name, parameter in module.named_parameters(recurse=False)}
+    if hasattr(module, "top_k") and "weight" in weights:
+        yield "weight", 2 * weights["weight"]
+    elif "gate_up_proj" in weights:
+        for name in ("gate_up_proj", "down_proj"):
+            yield name, 2 * weights[name] // cast(Any, module).num_experts * top_k
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

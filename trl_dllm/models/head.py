@@ -90,14 +90,25 @@ def hidden_rows(model: nn.Module, inputs: dict, rows: Tensor) -> Tensor:
         return model(**{"use_cache": False, **inputs}).logits
 
 
+_redirections: list[Callable[[Tensor], Tensor]] = []  # of the calls that are running, the innermost last
+
+
+@torch.compiler.disable
+def _redirected(hidden: Tensor) -> Tensor:
+    """The forward of every redirected head: under torch.compile it has to be one and the same object."""
+    return _redirections[-1](hidden)
+
+
 @contextmanager
-def _redirect(module: nn.Module, forward: Callable):
+def _redirect(module: nn.Module, forward: Callable[[Tensor], Tensor]):
     """Replace `module.forward` during a call; what was there before (a method, TRL's fp32 cast) returns."""
     before = module.__dict__.get("forward")
-    module.forward = forward
+    module.forward = _redirected
+    _redirections.append(forward)
     try:
         yield
     finally:
+        _redirections.pop()
         if before is None:
             del module.forward
         else:
@@ -115,6 +126,12 @@ def log_probs(logits: Tensor, mask_token_id: int, temperature: float = 1.0) -> T
         logits = logits / temperature
     excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
     return logits.masked_fill(excluded, torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
+
+
+def restrict(log_p: Tensor, support: Tensor) -> Tensor:
+    """Log-probs (n, K) of the tokens that `support` (n, K) names, normalised among them; -1 names none."""
+    values = log_p.gather(1, support.long().clamp(min=0))
+    return values.masked_fill(support < 0, torch.finfo(values.dtype).min / 4).log_softmax(dim=-1)
 
 
 def entropy(log_p: Tensor) -> Tensor:

@@ -4,10 +4,13 @@ Hub checkpoints load without remote code: keys are renamed while loading and ren
 folder has the Hub's own key names, and its config also carries the names that the original modelling code reads.
 """
 
-import re
+from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.conversion_mapping import WeightConverter, WeightRenaming
+from transformers.conversion_mapping import WeightRenaming
+
+from .hub import Conversion, HubConfig, HubKeys
+from .llada_moe import LLaDAMoEConfig
 
 
 # Original config name -> the name that transformers' Llama gives the same thing.
@@ -22,46 +25,36 @@ CONFIG_NAMES = {
     "weight_tying": "tie_word_embeddings",
 }
 
-# What is fixed in every released LLaDA: written to a saved config for readers that use the original code.
-_ORIGINAL_CONSTANTS = {
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
+# What the original code reads and the forward does not depend on: written to a saved config.
+_INERT = {
     "block_group_size": 1,
-    "block_type": "llama",
     "embedding_dropout": 0.0,
     "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
     "init_fn": "mitchell",
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
     "precision": "amp_bf16",
     "residual_dropout": 0.0,
-    "rope": True,
     "rope_full_precision": True,
-    "scale_logits": False,
+    "layer_norm_with_affine": True,
+    "bias_for_layer_norm": False,
 }
 
 
-# Of these, the ones that would change what the model computes.
-_STRUCTURAL = (
-    "activation_type",
-    "alibi",
-    "attention_layer_norm",
-    "block_type",
-    "include_bias",
-    "include_qkv_bias",
-    "input_emb_norm",
-    "layer_norm_type",
-    "rope",
-    "scale_logits",
-)
+# The same in every released checkpoint; another value would change what the model computes.
+FIXED: dict[str, tuple] = {
+    "activation_type": ("silu",),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "block_type": ("llama",),
+    "include_bias": (False,),
+    "include_qkv_bias": (False,),
+    "input_emb_norm": (False,),
+    "layer_norm_type": ("rms",),
+    "rope": (True,),
+    "scale_logits": (False,),
+}
 
 
-class LLaDAConfig(LlamaConfig):
+class LLaDAConfig(HubConfig, LlamaConfig):
     """Config of LLaDA: reads the original names and writes both, so that the original code can read what is saved
     here.
 
@@ -72,6 +65,8 @@ class LLaDAConfig(LlamaConfig):
 
     model_type = "llada"
     attribute_map = CONFIG_NAMES
+    hub_names = CONFIG_NAMES
+    hub_fixed = FIXED
 
     vocab_size: int = 126464
     intermediate_size: int = 12288
@@ -84,34 +79,31 @@ class LLaDAConfig(LlamaConfig):
     is_causal: bool = False
 
     def __post_init__(self, **kwargs):
-        for original, name in CONFIG_NAMES.items():
-            value = kwargs.pop(original, None)
-            if value is not None:
-                setattr(self, name, value)
-        for name, constant in _ORIGINAL_CONSTANTS.items():
-            value = kwargs.pop(name, constant)
-            if name in _STRUCTURAL and value != constant:
-                raise ValueError(
-                    f"{name}={value!r} in a LLaDA config: this implementation has {constant!r}, as every released "
-                    "LLaDA; such a checkpoint would load and compute something else."
-                )
+        if kwargs.get("num_experts"):
+            raise ValueError(
+                f"num_experts={kwargs['num_experts']} in a LLaDAConfig is LLaDA-MoE, another architecture under the "
+                "same model_type='llada'; take LLaDAMoEConfig, or AutoConfig, which tells them apart."
+            )
+        for name in _INERT:
+            kwargs.pop(name, None)
         if self.rope_parameters is None:
             kwargs.setdefault("rope_theta", 500_000.0)
-        kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        # TRL reads auto_map; a folder saved here has no modelling files for it to point at.
-        self.auto_map = {}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """The config that a dictionary describes: LLaDA-MoE's checkpoints say `model_type: llada` too."""
+        if config_dict.get("num_experts"):
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict:
-        output = super().to_dict()
-        output.pop("auto_map", None)
-        names = {original: output[name] for original, name in CONFIG_NAMES.items() if name in output}
-        return {**_ORIGINAL_CONSTANTS, **names, "rope_theta": output["rope_parameters"]["rope_theta"], **output}
+        return {**_INERT, **super().to_dict()}
 
 
 # Applied in order on loading and undone on saving. The head's `ff_out` goes first: the blocks' own `ff_out`, the MLP's
 # down projection, is only told from it by the layer number before it.
-KEY_RENAMING: list[WeightConverter | WeightRenaming] = [
+KEY_RENAMING: Conversion = [
     WeightRenaming(source, target)
     for source, target in (
         (r"model\.transformer\.wte\.", "model.embed_tokens."),
@@ -131,26 +123,8 @@ KEY_RENAMING: list[WeightConverter | WeightRenaming] = [
 ]
 
 
-class LLaDAModelLM(LlamaForCausalLM):
+class LLaDAModelLM(HubKeys, LlamaForCausalLM):
     """LLaDA: the row at a position predicts that position."""
 
     config_class = LLaDAConfig
-
-    def __init__(self, config: LLaDAConfig):
-        super().__init__(config)
-        self.register_load_state_dict_pre_hook(_own_names)
-
-
-def _own_names(module, state_dict: dict, prefix: str, *_) -> None:
-    """Rename the Hub's keys of a state dict to the module's own.
-
-    `from_pretrained` does so by itself; Trainer resumes and loads its best model by `load_state_dict(strict=False)`,
-    which would match nothing and go on with the wrong weights.
-    """
-    for key in [key for key in state_dict if key.startswith(prefix)]:
-        name = key[len(prefix) :]
-        for rule in KEY_RENAMING:
-            for source, target in zip(rule.source_patterns, rule.target_patterns, strict=True):
-                name = re.sub(source, target, name)
-        if prefix + name != key:
-            state_dict[prefix + name] = state_dict.pop(key)
+    hub_conversion = KEY_RENAMING

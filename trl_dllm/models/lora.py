@@ -1,10 +1,10 @@
 """What LoRA adapts where nobody names its modules."""
 
-from .dream import DreamConfig
-from .llada import LLaDAConfig
+from .families import FAMILIES
 
 
-# The linear projections of a layer, which the families share. For stock decoders PEFT takes q and v alone.
+# The linear projections of a layer, by the names that almost all families share. For stock decoders PEFT takes q and v
+# alone.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -15,5 +15,5 @@ def register_lora_targets() -> None:
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
 
-    for model_type in (LLaDAConfig.model_type, DreamConfig.model_type):
-        targets.setdefault(model_type, list(LORA_TARGETS))
+    for config, _ in FAMILIES.values():
+        targets.setdefault(config.model_type, list(LORA_TARGETS))

@@ -26,14 +26,19 @@ class MaskedDiffusionSpec:
         mask_token_id (`int`): id of the mask token.
         logits_shift (`int`): 0 if the row at a position predicts that position (LLaDA), 1 if the row before it does
             (Dream, which kept the shift of the autoregressive model it came from).
+        block_size (`int`, *optional*): positions of a block of a block-causal model (SDAR, LLaDA2), in which a
+            position sees its own block and those before it; None if every position sees every other.
     """
 
     mask_token_id: int
     logits_shift: int = 0
+    block_size: int | None = None
 
     def __post_init__(self):
         if self.logits_shift not in (0, 1):
             raise ValueError(f"logits_shift={self.logits_shift} is not known; it must be 0 (LLaDA) or 1 (Dream).")
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} must be at least 1 position, or None for full attention.")
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer=None) -> "MaskedDiffusionSpec":
@@ -88,7 +93,15 @@ class MaskedDiffusionSpec:
                     f"{name}={getattr(text_config, name)} is not supported: this architecture transforms its logits "
                     "behind the head, which the tiled head would not follow."
                 )
-        return cls(mask_token_id=mask_token_id, logits_shift=getattr(text_config, "logits_shift", 0))
+        facts = {name: getattr(text_config, name, None) for name in ("logits_shift", "block_size")}
+        return cls(mask_token_id, **{name: value for name, value in facts.items() if value is not None})
+
+    def write_to(self, model: nn.Module) -> None:
+        """Have a model's config name the mask token, where the tokenizer alone did.
+
+        The model, and what is saved of it, can then be sampled from and scored without the tokenizer.
+        """
+        unwrap(model).config.get_text_config().mask_token_id = self.mask_token_id
 
 
 def check_unshifted(name: str, logits_shift: int) -> None:
@@ -116,4 +129,15 @@ def check_positions(config, prompt: int, canvas: int, canvas_name: str, where: s
         raise ValueError(
             f"{where}{prompt} prompt tokens and {canvas_name}={canvas} are beyond the model's "
             f"max_position_embeddings={limit}. Shorten the prompt or lower {canvas_name}."
+        )
+
+
+def check_full_attention(name: str, block_size: int | None) -> None:
+    """Raise ValueError for block-causal models."""
+    if block_size is not None:
+        raise ValueError(
+            f"{name} does not apply to a block-causal model yet, and this one has block_size={block_size}: what masks "
+            "positions of several blocks at once would have later blocks read earlier ones' masks, which such a model "
+            "never does. Use a family with full attention (LLaDA, Dream, …); if this checkpoint has it, set "
+            "config.block_size = None."
         )

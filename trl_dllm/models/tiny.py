@@ -10,11 +10,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from .dream import DreamConfig, DreamModel
-from .llada import LLaDAConfig, LLaDAModelLM
+from .families import FAMILIES
 
 
-FAMILIES = {"llada": (LLaDAConfig, LLaDAModelLM), "dream": (DreamConfig, DreamModel)}
+# What a family's shapes need beyond the common ones.
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SHAPES = {
+    "a2d_qwen3": {"head_dim": 16},
+    "sdar": {"head_dim": 16},
+    "llada_moe": _EXPERTS,
+    "sdar_moe": _EXPERTS,
+    "llada2": {**_EXPERTS, "n_group": 2, "topk_group": 1},
+}
 
 _SPECIAL = {
     "pad_token": "<pad>",
@@ -51,7 +58,7 @@ def create_tiny_model(
     """Create a randomly initialised model of `family` and its tokenizer.
 
     Args:
-        family (`str`): "llada" or "dream".
+        family (`str`): one of `FAMILIES`, such as "llada" or "dream".
         hidden_size (`int`): width; a multiple of 16 (heads are 16 wide), of 64 for 4-bit quantisation.
         num_layers (`int`): decoder layers.
         seed (`int`): of the weights; global generators are left as they were.
@@ -83,6 +90,7 @@ def create_tiny_model(
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "bos_token_id": tokenizer.bos_token_id,
+            **_SHAPES.get(family, {}),
             **config_kwargs,
         }
     )

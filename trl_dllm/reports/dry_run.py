@@ -1,6 +1,7 @@
 """What a run will do, before any weight is loaded: batches, forwards, floating-point operations and memory a GPU."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -8,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..likelihood.view import IGNORE
 from ..models import DreamConfig, LLaDAConfig, TrainingFlops, backbone_parameters
+from ..models.hub import HubConfig
+from ..models.illada import ILLaDAConfig
+from ..models.llada_moe import LLaDAMoEConfig
 from ..models.lora import register_lora_targets
 from ..rollout import Rollout
 
@@ -15,18 +19,25 @@ from ..rollout import Rollout
 _PROMPT = 200  # tokens of a prompt, which nobody has read yet
 
 
-# Shapes of published checkpoints, for a machine that cannot reach the Hub.
-_PUBLISHED = {
-    "llada-8b": lambda: LLaDAConfig(),
-    "llada-1.5": lambda: LLaDAConfig(),
-    "dream": lambda: DreamConfig(
+def _dream() -> DreamConfig:
+    return DreamConfig(
         vocab_size=152064,
         hidden_size=3584,
         intermediate_size=18944,
         num_hidden_layers=28,
         num_attention_heads=28,
         num_key_value_heads=4,
-    ),
+    )
+
+
+# Shapes of published checkpoints, for a machine that cannot reach the Hub: the first that a name contains.
+_PUBLISHED: dict[str, Callable[[], HubConfig]] = {
+    "illada": ILLaDAConfig,
+    "llada-moe": LLaDAMoEConfig,
+    "llada-8b": LLaDAConfig,
+    "llada-1.5": LLaDAConfig,
+    "dream": _dream,
+    "diffucoder": _dream,
 }
 
 

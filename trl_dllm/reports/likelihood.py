@@ -123,6 +123,11 @@ def likelihood_report(
     exact = exact or ExactTrajectory()
     estimators = estimators or default_estimators(rollout, spec.logits_shift)
     temperature = rollout.temperature if temperature is None else temperature
+    if rollout.support is not None:
+        raise ValueError(
+            "The rollout was drawn with top_k, top_p or min_p; the report compares distributions over the whole "
+            "vocabulary. Draw without them."
+        )
     for estimator in (exact, *estimators.values()):
         check_estimator(estimator, rollout, spec)
     run = _Run(model, rollout, spec, temperature, batch_size or len(rollout))

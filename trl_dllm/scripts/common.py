@@ -1,22 +1,22 @@
 """What the scripts share: reading a recipe, and finding the data and the rewards that it names."""
 
-import json
 import os
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from trl_dllm.fields import check_choice, check_fields, check_kind
+from trl_dllm.processes import say
 from trl_dllm.recipe import find_recipe, load_recipe
 from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
 from trl_dllm.tasks import get_task
+from trl_dllm.trainer.meaning import nothing_left
 
 
 # Keys of older recipes that TRL or transformers have renamed or removed, and what to do about them.
@@ -24,7 +24,7 @@ _MIGRATION = {
     "torch_dtype": "it is called dtype now",
     "max_prompt_length": "TRL removed it; cut the prompts in the dataset",
     "warmup_ratio": "transformers 5 removed it; use warmup_steps",
-    "overwrite_output_dir": "transformers 5 removed it",
+    "overwrite_output_dir": "transformers 5 removed it; start_over moves what is there aside",
     "logging_dir": "transformers 5 removed it",
     "model_path": "it is called model_name_or_path here",
     "dataset": "name a task, or a dataset with dataset_name",
@@ -131,6 +131,7 @@ class TaskArguments(ScriptArguments):
         data_dir (`str`, *optional*): local folder with the task's data, instead of the Hub.
         dry_run (`bool`): load no weights; print the batch arithmetic, FLOPs and a memory estimate a GPU, and stop.
         puzzle_seed (`int`, *optional*): seed of generated data; `None` takes the run's.
+        start_over (`bool`): begin anew in an output_dir that holds another run, whose files are moved aside.
     """
 
     task: str | None = field(default=None, metadata={"help": "Name of a task; brings its dataset and rewards."})
@@ -146,6 +147,11 @@ class TaskArguments(ScriptArguments):
     )
     puzzle_seed: int | None = field(
         default=None, metadata={"help": "Seed of generated data. None takes the run's seed."}
+    )
+
+    start_over: bool = field(
+        default=False,
+        metadata={"help": "Begin anew in an output_dir that holds a run: its files are moved to a folder in it."},
     )
 
     def __post_init__(self):
@@ -225,33 +231,28 @@ def load_split(args: TaskArguments, split: str, num_examples: int, seed: int):
 
 
 def last_checkpoint(training_args) -> str | None:
-    """Where to resume from: `resume_from_checkpoint: true` takes the last checkpoint in output_dir, if any."""
-    wanted = training_args.resume_from_checkpoint
-    if wanted in (None, False, "false", "False"):
-        return None
-    if wanted not in (True, "true", "True"):
-        return wanted
-    from transformers.trainer_utils import get_last_checkpoint
+    """Where to resume from: `resume_from_checkpoint: true` takes the newest complete one in output_dir, if any."""
+    from trl_dllm.trainer.checkpoint import find_checkpoint
 
-    folder = training_args.output_dir
-    return get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    wanted = training_args.resume_from_checkpoint
+    if isinstance(wanted, str) and wanted.lower() in ("true", "false"):  # as the command line gives it
+        wanted = wanted.lower() == "true"
+    return find_checkpoint(wanted, training_args.output_dir)
 
 
 def train_and_save(trainer, script_args) -> None:
     """Train (from the last checkpoint if the recipe says so), save, and push where asked."""
     args = trainer.args
     checkpoint = last_checkpoint(args)
-    done = 0
-    if checkpoint:
-        done = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
-        trainer.accelerator.print(f"Resuming from {checkpoint}.")
-    if checkpoint and args.max_steps > 0 and done >= args.max_steps:
-        trainer.accelerator.print(f"{args.output_dir} is already trained: {done} of {args.max_steps} steps.")
-        return
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(args.output_dir)
-    trainer.save_state()
-    trainer.accelerator.print(f"Model saved to {args.output_dir}.")
+    if checkpoint and nothing_left(args, checkpoint):
+        say(f"All steps are taken: the model is saved from {checkpoint}.")
+        trainer.load_checkpoint(checkpoint)
+    else:
+        if checkpoint:
+            say(f"Resuming from {checkpoint}.")
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_finished()
+    say(f"Model saved to {args.output_dir}.")
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name or script_args.task)
     trainer.end()

@@ -9,11 +9,15 @@
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from trl_dllm.command import Parser, count, run_script
-from trl_dllm.evaluation import evaluate, rescore
+from trl_dllm.evaluation import GENERATIONS, evaluate, evaluation_fingerprint, open_evaluation, rescore
 from trl_dllm.fields import check_choice
+from trl_dllm.generation import DecodingArguments
+from trl_dllm.identity import model_identity
+from trl_dllm.processes import on_main_process, say
 from trl_dllm.reports.dry_run import dry_run_decoding
 from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
 from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
@@ -66,12 +70,12 @@ def main(args: argparse.Namespace) -> dict:
         raise ValueError("Name a model with --model_name_or_path, or stored outputs with --from_generations.")
     runs = {folder: args}
     if args.protocol == "d1":
+        # Whatever the model was trained with, but for what it is: an any-order model stays one.
+        free = {f.name: f.default for f in fields(DecodingArguments) if f.name not in ("decoding", "cache")}
         settings: dict[str, object] = {"block_length": 32, "tokens_per_step": 2, "diffusion_steps": None}
         settings |= {"temperature": 0.0, "stop_at_eos": False}
-        lengths = args.lengths or D1_LENGTHS
-        runs = {
-            folder / str(n): argparse.Namespace(**{**vars(args), **settings, "max_new_tokens": n}) for n in lengths
-        }
+        given, lengths = {**free, **vars(args), **settings}, args.lengths or D1_LENGTHS
+        runs = {folder / str(n): argparse.Namespace(**{**given, "max_new_tokens": n}) for n in lengths}
     configs = {path: generation_config(run) for path, run in runs.items()}  # before the model loads
     generated = args.task in ("sudoku", "countdown")
     examples = args.num_examples or (256 if generated else None)
@@ -81,36 +85,29 @@ def main(args: argparse.Namespace) -> dict:
         for config in configs.values():
             facts = dry_run_decoding("eval", args.model_name_or_path, config, rows, args.batch_size, args.dtype)
         return facts
-    model, tokenizer = load_model(args)
+    facts = {
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "num_samples": args.num_samples,
+        "parser": args.parser,
+        "prefill": args.prefill,
+        "settings": {"split": args.split, "task_kwargs": args.task_kwargs, "protocol": args.protocol},
+        "machine": {"model": args.model_name_or_path, "adapter": args.adapter, "dtype": args.dtype},
+    }
+    # All folders are checked before the model loads, which takes none where all generations are there.
+    identity = on_main_process(lambda: model_identity(args.model_name_or_path, adapter=args.adapter))
     for path, config in configs.items():
-        summary = evaluate(
-            model,
-            tokenizer,
-            task,
-            dataset,
-            config,
-            path,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            num_samples=args.num_samples,
-            parser=args.parser,
-            prefill=args.prefill,
-            settings={
-                "model": args.model_name_or_path,
-                "adapter": args.adapter,
-                "split": args.split,
-                "task_kwargs": args.task_kwargs,
-                "protocol": args.protocol,
-            },
-        )
+        open_evaluation(path, evaluation_fingerprint(identity, task, dataset, config, **facts))
+    complete = all((path / GENERATIONS).exists() for path in configs)
+    model, tokenizer = (None, None) if complete else load_model(args)
+    for path, config in configs.items():
+        summary = evaluate(model, tokenizer, task, dataset, config, path, identity=identity, **facts)
         _print(task.name, summary, path)
     return summary
 
 
 def _print(name: str, summary: dict, folder: Path) -> None:
-    from accelerate import PartialState
-
-    PartialState().print(
+    say(
         f"{name}: {summary['solve_rate']:.1%} solved (95 % interval {summary['low']:.1%} to {summary['high']:.1%}), "
         f"{summary['correct']} of {summary['total']} right; settings in {folder / 'summary.json'}"
     )

@@ -10,7 +10,8 @@ from dataclasses import fields
 from transformers.hf_argparser import DataClassType, HfArgumentParser
 
 from trl_dllm.command import Parser, count, run_script
-from trl_dllm.generation import DecodingArguments, DiffusionGenerationConfig
+from trl_dllm.generation import DecodingArguments, DiffusionGenerationConfig, saved_decoding_config
+from trl_dllm.processes import say
 from trl_dllm.reports.dry_run import dry_run_decoding
 
 
@@ -18,12 +19,15 @@ def generation_parser(model_required: bool = True) -> argparse.ArgumentParser:
     """The decoding and model flags of `generate`, `eval` and `report`, as a parent of their parsers.
 
     Decoding flags are read off the settings' own declarations, by the parser that reads the trainers': a bool is
-    `--stop_at_eos false` or `--no_stop_at_eos`. Temperature is 0 unless given.
+    `--stop_at_eos false` or `--no_stop_at_eos`. One that is not given is missing from what is parsed, and is then as
+    the model was trained. Temperature is 0 unless given.
     """
     parser = HfArgumentParser(DataClassType(DecodingArguments), add_help=False)
     for f in fields(DiffusionGenerationConfig):
         if f.name in ("max_new_tokens", "temperature"):
-            parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=f.metadata["help"])
+            parser.add_argument(f"--{f.name}", type=type(f.default), help=f.metadata["help"])
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
     parser.set_defaults(temperature=0.0)
     parser.add_argument("--model_name_or_path", required=model_required, help="Folder or Hub name of the model.")
     parser.add_argument("--adapter", help="Folder or Hub name of a PEFT adapter to load onto it.")
@@ -37,9 +41,12 @@ def generation_parser(model_required: bool = True) -> argparse.ArgumentParser:
 
 
 def generation_config(args: argparse.Namespace) -> DiffusionGenerationConfig:
-    """The decoding settings that the flags describe."""
-    names = [f.name for f in fields(DiffusionGenerationConfig) if f.name in args]
-    return DiffusionGenerationConfig(**{name: getattr(args, name) for name in names})
+    """The decoding settings that the flags describe: those not given are as the model was trained, which is said."""
+    given = {f.name: getattr(args, f.name) for f in fields(DiffusionGenerationConfig) if f.name in args}
+    config, line = saved_decoding_config([args.adapter, args.model_name_or_path], given)
+    if line:
+        say(line)
+    return config
 
 
 def load_model(args: argparse.Namespace):
@@ -52,14 +59,15 @@ def load_model(args: argparse.Namespace):
 
     name = args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    MaskedDiffusionSpec.from_config(AutoConfig.from_pretrained(name), tokenizer)
+    spec = MaskedDiffusionSpec.from_config(AutoConfig.from_pretrained(name), tokenizer)
     kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     base = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, **kwargs)
+    spec.write_to(base)
     model: torch.nn.Module = base
     if args.adapter:
-        from peft import PeftModel
+        from trl_dllm.models.adapters import load_adapter
 
-        model = PeftModel.from_pretrained(base, args.adapter)
+        model = load_adapter(base, args.adapter)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

@@ -19,6 +19,7 @@ from trl_dllm.scripts.common import (
     train_and_save,
 )
 from trl_dllm.scripts.rewards import resolve_rewards
+from trl_dllm.scripts.runs import begin_run
 from trl_dllm.trainer.grpo_config import DiffusionGRPOConfig
 
 
@@ -54,8 +55,11 @@ def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPO
 
     from trl_dllm import DiffusionGRPOTrainer
 
-    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     train = load_split(script_args, "train", script_args.num_train_examples, training_args.seed)
+    fingerprint = begin_run("grpo", script_args, training_args, model_args, train, rewards)
+    if fingerprint is None:
+        return None
+    training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     evaluation = None
     if training_args.eval_strategy != "no":
         evaluation = load_split(script_args, "validation", script_args.num_eval_examples, training_args.seed)
@@ -68,6 +72,7 @@ def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPO
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    trainer.fingerprint = fingerprint
     train_and_save(trainer, script_args)
     return trainer
 

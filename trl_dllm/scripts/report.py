@@ -51,9 +51,9 @@ def main(args: argparse.Namespace) -> list:
         save_report,
     )
 
-    if args.cfg_scale:
-        raise ValueError(f"cfg_scale={args.cfg_scale}: the estimators do not follow guidance; leave it at 0.")
     config = generation_config(args)
+    if config.cfg_scale:
+        raise ValueError(f"cfg_scale={config.cfg_scale}: the estimators do not follow guidance; leave it at 0.")
     task = get_task(args.task)
     check_task_kwargs(task, args.task_kwargs)
     check_data_dir(args.data_dir)
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> list:
         rollout = replace(rollout, counted=rollout.revealed)
     estimators = default_estimators(rollout, MaskedDiffusionSpec.from_model(model).logits_shift, args.block_size)
     lines = likelihood_report(
-        model, rollout, estimators, exact=exact_estimator(args.decoding), batch_size=args.batch_size
+        model, rollout, estimators, exact=exact_estimator(config.decoding), batch_size=args.batch_size
     )
     mean = rollout.counted.sum(dim=1).float().mean().item()
     print_report(

@@ -17,6 +17,7 @@ from trl_dllm.scripts.common import (
     model_init_kwargs,
     train_and_save,
 )
+from trl_dllm.scripts.runs import begin_run
 from trl_dllm.trainer.sft_config import DiffusionSFTConfig
 
 
@@ -45,6 +46,10 @@ def main(
         columns = dataset.column_names or []
         return dataset.select_columns([name for name in _COLUMNS if name in columns]) if columns else dataset
 
+    train = prepared("train", script_args.num_train_examples)
+    fingerprint = begin_run("sft", script_args, training_args, model_args, train)
+    if fingerprint is None:
+        return None
     training_args.model_init_kwargs = model_init_kwargs(training_args, model_args)
     quantization = get_quantization_config(model_args)
     if quantization is not None:
@@ -52,13 +57,14 @@ def main(
     trainer = DiffusionSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        train_dataset=prepared("train", script_args.num_train_examples),
+        train_dataset=train,
         eval_dataset=prepared("validation", script_args.num_eval_examples)
         if training_args.eval_strategy != "no"
         else None,
         peft_config=get_peft_config(model_args),
         callbacks=callbacks,
     )
+    trainer.fingerprint = fingerprint
     train_and_save(trainer, script_args)
     return trainer
 

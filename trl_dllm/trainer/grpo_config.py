@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 from trl import GRPOConfig
 
 from ..fields import check_kind, document_fields
-from ..generation import DecodingArguments, DiffusionGenerationConfig
+from ..generation import DecodingArguments, DiffusionGenerationConfig, decoding_of
 from ..likelihood import ESTIMATORS, Estimator
 from ..models import PaperFlops, paper_flops
 from ..rollout import Rollout
@@ -22,29 +22,14 @@ from .stock import Refused, refuse, take_over
 # what instead).
 _REFUSED: Refused = {
     "use_vllm": ((False,), "vLLM samples autoregressively; completions are drawn by masked diffusion decoding"),
-    "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
+    # Before the option that TRL turns on for it: the message is to name what was set.
     "use_transformers_paged": ((False,), "it samples autoregressively; leave it off"),
-    "generation_kwargs": (
-        (None, {}),
-        "they configure autoregressive `generate`; use block_length, diffusion_steps, remasking, …",
-    ),
+    "use_transformers_continuous_batching": ((False,), "it samples autoregressively; leave it off"),
     "cache_implementation": ((None,), "it configures the autoregressive cache; use `cache`"),
-    "top_p": (
-        (1.0, None),
-        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
-    ),
-    "top_k": (
-        (0, None),
-        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
-    ),
-    "min_p": (
-        (None, 0.0),
-        "truncated sampling would draw from another distribution than the one that is scored; use temperature",
-    ),
     "repetition_penalty": ((1.0, None), "it changes the sampled distribution but not the scored one; leave it at 1.0"),
     "use_liger_kernel": (
         (False,),
-        "it replaces the model's forward, which the scorer runs its own head in; leave it off",
+        "it chooses its kernels by `model_type`, and has none for masked diffusion families; leave it off",
     ),
     "router_aux_loss_coef": ((None, 0.0), "the scorer does not return a load-balancing loss; leave it at 0"),
     "cfg_scale": ((0.0,), "the scorer does not follow guidance; use it for generation and evaluation only"),
@@ -188,6 +173,7 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         Raises:
             ValueError: naming the field, its value and what would be right.
         """
+        self._take_generation_kwargs()
         refuse(self, _REFUSED, "a diffusion model")
         if not 0 <= self.p_mask_prompt < 1:
             raise ValueError(f"p_mask_prompt={self.p_mask_prompt} must be in [0, 1); the papers use 0.15.")
@@ -201,6 +187,20 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         self.generation_config()  # checks the temperature
         self._check_loss()
         self.check_estimator(self.build_estimator())
+
+    def _take_generation_kwargs(self) -> None:
+        """Decoding settings may also stand in TRL's `generation_kwargs`, which go before the fields there too."""
+        known = {f.name for f in fields(DecodingArguments)}
+        given = self.generation_kwargs
+        for name, value in given.items() if isinstance(given, dict) else ():
+            if name not in known:
+                near = get_close_matches(str(name), known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"It takes {', '.join(sorted(known))}."
+                raise ValueError(
+                    f"generation_kwargs: {name}={value!r} configures autoregressive sampling; {hint} Others are "
+                    "fields of their own (temperature, max_completion_length)."
+                )
+            setattr(self, name, value)
 
     def _check_loss(self) -> None:
         if self.kl_estimator == "full" and self.beta == 0:
@@ -247,6 +247,13 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             raise ValueError(
                 f"top_entropy_quantile={self.top_entropy_quantile} chooses tokens, and {type(estimator).__name__} "
                 "gives one number of the whole sequence. Set it to 1.0, or take an estimator of tokens: step_merge."
+            )
+        if self.truncates and self.decoding not in estimator.replays:
+            name = next(name for name in ("top_k", "top_p", "min_p") if getattr(self, name) not in (0, 1.0, None))
+            raise ValueError(
+                f"{name}={getattr(self, name)} with {type(estimator).__name__} and decoding={self.decoding!r}: it "
+                "scores other distributions than the sampler draws from, and which of their tokens would be left is "
+                "not known. Draw without truncation, or take step_merge (any_order for any-order decoding)."
             )
         if self.old_logps == "recompute":
             return
@@ -329,6 +336,10 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             eos_token_ids=eos_token_ids,
             **{f.name: getattr(self, f.name) for f in fields(DecodingArguments)},
         )
+
+    def known_decoding(self) -> dict[str, Any]:
+        """What is saved beside a trained model of how it was decoded."""
+        return decoding_of(self.generation_config())
 
     # What is computed on a generation batch, by the settings alone.
 

@@ -1,11 +1,11 @@
 """TRL's GRPOTrainer for masked diffusion language models.
 
-Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Five
-of its methods are overridden, here in the order in which a step meets them:
+Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Of
+its step four methods are overridden, here in the order in which they are met:
 
 - `_generate_and_score_completions`: the canvas and its trajectory are put beside each completion and travel with it,
   and so do the old and the reference policy's log-probs, which an estimator computes.
-- `_generate` and `_generate_single_turn`: completions are drawn by masked diffusion decoding.
+- `_generate_single_turn`: completions are drawn by masked diffusion decoding.
 - `_compute_loss`: an estimator scores the micro-batch, one view at a time, and TRL's loss is evaluated on the scores.
 - `_get_per_token_logps_and_entropies`: where TRL's loss asks for log-probs, it is given those scores.
 
@@ -15,12 +15,12 @@ and nothing is remembered between the two calls.
 
 import copy
 import inspect
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
@@ -34,34 +34,40 @@ from ..generation import generate
 from ..likelihood import Estimator, TokenScores, check_estimator, counted_view, perturb_prompt, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
 from ..models.lora import register_lora_targets
-from ..models.spec import check_unshifted
+from ..models.spec import check_full_attention, check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
-from .buffer import from_batch, to_batch
-from .data import check_grpo_data, check_steps, check_text
+from .base import HOOKS, DiffusionTrainer
+from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
+from .data import check_grpo_data, check_text
+from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .model_card import rewrite_quick_start
-from .reference import as_reference, reference_beside, reference_source
-from .rewards import checked_rewards
+from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
+from .reward_checks import checked_rewards
+from .rewards import give_trajectory
 from .segmented_backward import segmented_backward
 from .stock import (
     Interface,
     check_trl,
+    known_arguments,
     own_config,
     read_config,
     read_tokenizer,
     refuse_processor,
     refuse_prompt_learning,
+    without_dropout,
 )
 
 
 _OVERRIDDEN: Interface = {
-    "_generate": ("prompts",),
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
     "_compute_loss": ("model", "inputs"),
+    "create_model_card": ("model_name", "dataset_name", "tags"),
+    **HOOKS,
 }
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
@@ -69,12 +75,16 @@ _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
 register_lora_targets()
 
 
-class DiffusionGRPOTrainer(GRPOTrainer):
+class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     """
-    GRPO for masked diffusion language models (LLaDA, Dream, …), with d2's and d1's likelihoods.
+    GRPO for masked diffusion language models (LLaDA, Dream, …), with any likelihood of `trl_dllm.likelihood`.
 
     Takes the arguments of TRL's [`~trl.GRPOTrainer`] (except tools, environments and custom rollouts, which assume an
     autoregressive sampler) and, besides:
+
+    Logs beside TRL's metrics: `sampling/steps` that a completion took and `sampling/tokens_per_forward`, means over a
+    logging window; `flops` (counted) and `flops_paper` (d2's formula) since the run began; `kl` over the vocabulary if
+    `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and scorer if `old_logps="rollout"`.
 
     Args:
         args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
@@ -129,6 +139,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         tokenizer = given.get("processing_class") or read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         self.estimator = estimator if estimator is not None else args.build_estimator()
+        check_full_attention(type(self.estimator).__name__, self.spec.block_size)
         self.estimator.check(self.spec.logits_shift)
         args.check_estimator(self.estimator)
         if args.sync_ref_model and (given.get("peft_config") or hasattr(model, "peft_config")):
@@ -136,7 +147,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 "sync_ref_model=True with an adapter: the reference is the model without it, which never changes. Set "
                 "sync_ref_model=False, or train the whole model."
             )
-        reward_funcs = checked_rewards(reward_funcs, args.reward_weights)
         check_grpo_data(given, args, config, tokenizer)
         if args.decoding == "any_order":
             check_unshifted("decoding='any_order'", self.spec.logits_shift)
@@ -148,13 +158,20 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
         # TRL loads a reference where beta is not 0; as the ratio's denominator it is needed at 0 as well.
         beta, needs_reference = args.beta, args.beta != 0 or args.ratio_denominator == "ref"
+        rewards = give_trajectory(checked_rewards(reward_funcs, args.reward_weights), self._trajectory)
         with reference_source(model, needs_reference and given.get("peft_config") is None):
             args.beta = beta or float(needs_reference)
             try:
-                super().__init__(model, reward_funcs, args, *positional, **kwargs)
+                super().__init__(model, rewards, args, *positional, **kwargs)
             finally:
                 args.beta = beta
         self.beta = beta
+        if args.temperature == 0:
+            warnings.warn(
+                "temperature=0: the completions of a group are all the same, every advantage is 0, and nothing is "
+                "learned. Set a temperature (0.9 in d1 and d2).",
+                stacklevel=2,
+            )
         # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
         if args.kl_estimator == "full" and hasattr(unwrap(self.model).get_output_embeddings(), "modules_to_save"):
             raise ValueError(
@@ -165,12 +182,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             self.loss_type = "dr_grpo"
 
         # Again, now with the checkpoint's own tokenizer.
-        self.spec = MaskedDiffusionSpec.from_config(unwrap(self.model).config, self._tokenizer)
+        self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
+        self.spec.write_to(self.model)
         self.sampling = args.generation_config(self.eos_token_ids)
         self._count_flops = TrainingFlops(self.model)
         self._parameters = backbone_parameters(self.model)
         self._frozen_backbone = any(not p.requires_grad for p in self.model.parameters())
-        self._warn_about_save_steps()
 
     @property
     def _steps_per_generation(self) -> int:
@@ -182,20 +199,25 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """Micro-steps from one generation batch to the next."""
         return self._steps_per_generation * self.num_iterations
 
-    def _warn_about_save_steps(self) -> None:
-        cycle = self._cycle
-        if self.args.save_strategy == "steps" and self.args.save_steps * self.args.gradient_accumulation_steps % cycle:
-            warnings.warn(
-                f"save_steps={self.args.save_steps}: a checkpoint would fall inside a generation cycle, and a run "
-                "resumed from it draws its completions anew. Multiples of "
-                f"{cycle // math.gcd(cycle, self.args.gradient_accumulation_steps)} resume exactly.",
-                stacklevel=3,
-            )
+    def process_state(self, folder: str) -> dict[str, Any]:
+        save_reference(self, folder)
+        return {"flops": self.flops.state_dict(), "cycle": cycle_state(self)}
+
+    def load_process_states(self, states: list[dict[str, Any]], folder: str) -> None:
+        load_reference(self, folder)
+        counters = [state["flops"] for state in states]
+        self.flops.load_state_dict({name: sum(c[name] for c in counters) for name in ("counted", "paper")})
+        load_cycle_state(self, states[0]["cycle"] if states else None)
 
     def train(self, *args, **kwargs):
-        output = super().train(*args, **kwargs)
-        check_steps(self.state.global_step)
-        return output
+        self.args.validate()  # again: options may have been set since
+        self.args.check_estimator(self.estimator)
+        self.sampling = self.args.generation_config(self.eos_token_ids)
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._generation_round[1] = (-1, 0)  # every evaluation at a step draws the same completions
+        return super().evaluation_loop(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------ the generation batch
 
@@ -217,11 +239,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     def _generate(self, prompts, *args, **kwargs):
         for row, prompt in enumerate(prompts):  # those of a stream have not been seen before
             check_text(f"row {row} of a batch: prompt", prompt)
-        outputs = super()._generate(prompts, *args, **kwargs)
-        # The index of the extra fields moved between versions of TRL. Reward functions get them like dataset columns.
-        extra = next(value for value in outputs if isinstance(value, dict))
-        extra["unmask_step"] = self._rollout.unmask_step.tolist()
-        return outputs
+        return super()._generate(prompts, *args, **kwargs)
+
+    def _trajectory(self) -> list[list[int]]:
+        """The steps that revealed each position of the generation batch, for rewards that ask."""
+        assert self._rollout is not None  # rewards are computed while the batch is made
+        return self._rollout.unmask_step.tolist()
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         """Draw the generation batch; TRL gets the completions cut behind their first EOS, the canvas is kept."""
@@ -230,15 +253,17 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         pad = self._tokenizer.pad_token_id
         ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompt_ids], device=device).long()
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids], device=device).bool()
+        options = known_arguments(
+            unwrap_model_for_generation,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # TRL 1.16
+        )
         with (
             profiling_context(self, "diffusion.generate"),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
+            rollout_of(self, prompt_ids),
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as model,
             torch.no_grad(),
+            without_dropout(model),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             rollout = generate(
@@ -318,7 +343,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         return found
 
     def _batch_logps(self, model, rollout: Rollout) -> Tensor:
-        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where nobody counts."""
+        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where not counted."""
         args = self.args
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         views = self._num_views(rollout)
@@ -360,6 +385,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 batch_size,
                 differentiable_entropy=self._entropy_bonus_enabled,
                 reference=reference_beside(self) if full_kl else None,
+                support=rollout.support,
             )
         scores = replace(scores, logps=self.estimator.assemble(scores.logps, rollout.counted))
         if self.model.training:  # the run's cost is that of training
@@ -409,9 +435,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             return self._score_view(model, rollout, n, iteration, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
+            value = self._loss_of(scores, inputs, record)
             if record:
+                parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}
+                check_loss(self, value, rollout.prompt_ids, rollout.prompt_mask, parts)
                 self._record_mismatch(scores, rollout)
-            return self._loss_of(scores, inputs, record)
+            return value
 
         if views == 1 or not torch.is_grad_enabled():
             return loss(TokenScores.sum(map(score, range(views))), record=True)
@@ -454,10 +483,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         def backward(surrogate: Tensor) -> None:
             self.accelerator.backward(surrogate, **({"scale_wrt_gas": False} if deepspeed else {}))
 
-        elsewhere = None
+        unscored_logps = None
         if self._separable:
-            elsewhere = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
-        return segmented_backward(views, score, loss, backward, defer_sync, elsewhere)
+            unscored_logps = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
+        return segmented_backward(views, score, loss, backward, defer_sync, unscored_logps)
 
     # ------------------------------------------------------------------------------------------------------- metrics
 
@@ -474,6 +503,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         self.flops.paper += paper.total
         totals = torch.tensor([[self.flops.counted, self.flops.paper]], dtype=torch.float64)
         totals = self.accelerator.gather(totals.to(self.accelerator.device)).sum(dim=0).tolist()
+        # Set and not appended: TRL averages a window's entries, and these are totals.
         metrics["flops"] = [totals[0]]
         metrics["flops_paper"] = [totals[1]]
 
@@ -505,4 +535,4 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """TRL's model card, with this library's way to generate instead of an autoregressive pipeline."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.sampling.max_new_tokens)
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())

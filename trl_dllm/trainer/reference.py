@@ -1,14 +1,17 @@
 """The reference policy: where TRL loads it from, and how it is run on what the policy is run on."""
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import use_adapter
 
 from ..likelihood import Reference
@@ -62,3 +65,27 @@ def reference_beside(trainer) -> Reference:
         return hidden, head if trainer.ref_model is not None else head.forward
 
     return run
+
+
+_FILE = "reference.pt"  # in a checkpoint, where the reference follows the policy
+
+
+def save_reference(trainer, folder: str) -> None:
+    """Put a reference that follows the policy (`sync_ref_model`) into a checkpoint; no one else keeps it."""
+    sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+    if trainer.args.sync_ref_model and trainer.args.should_save and not sharded:
+        torch.save(unwrap(trainer.ref_model).state_dict(), Path(folder) / _FILE)
+
+
+def load_reference(trainer, folder: str) -> None:
+    """Take it up again."""
+    if not trainer.args.sync_ref_model:
+        return
+    if (Path(folder) / _FILE).is_file():
+        state = torch.load(Path(folder) / _FILE, map_location="cpu", weights_only=True)
+        unwrap(trainer.ref_model).load_state_dict(state)
+    elif trainer.accelerator.is_main_process:
+        warnings.warn(
+            f"sync_ref_model=True, and {folder} holds no reference model (sharded ones are not saved): it is the "
+            "initial model again until it is synchronised."
+        )

@@ -1,69 +1,52 @@
-"""Reward functions that are watched: what they return is one number a completion, or an error that says so."""
+"""Rewards that ask for the trajectory: a reward function with a parameter `unmask_step` is given it.
+
+    def early_answers(completions, unmask_step, **kwargs): ...
+
+`unmask_step` holds the decoding step that revealed each position of a completion's canvas, -1 for never: one list of L
+a completion. A dataset column of that name goes before it, and functions that do not ask get what TRL gives them.
+"""
 
 import functools
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 
-def checked_rewards(reward_funcs: Any, weights: Sequence[float] | None) -> list:
-    """A trainer's `reward_funcs` as a list, in which functions check what they return; reward models stay.
-
-    Raises:
-        ValueError: no reward function, or another number of weights.
-    """
-    rewards = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    if not rewards or None in rewards:
-        raise ValueError(f"reward_funcs={reward_funcs!r}: GRPO needs at least one reward function or reward model.")
-    if weights is not None and len(weights) != len(rewards):
-        raise ValueError(f"reward_weights={weights!r} must have one number for each of {len(rewards)} reward_funcs.")
-    return [reward if isinstance(reward, str | nn.Module) else _checked(reward) for reward in rewards]
+PARAMETER = "unmask_step"
 
 
-def _checked(reward: Callable[..., Any]) -> Callable[..., Any]:
-    inner: Any = reward
-    while isinstance(inner, functools.partial):
-        inner = inner.func
-    name = getattr(inner, "__name__", type(inner).__name__)  # as TRL calls it in its logs
-
-    def checked(*args, **kwargs):
-        return check_rewards(name, reward(*args, **kwargs))
-
-    async def checked_async(*args, **kwargs):
-        return check_rewards(name, await reward(*args, **kwargs))
-
-    asynchronous = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(inner.__call__)
-    function = functools.wraps(reward)(checked_async if asynchronous else checked)
-    function.__name__ = name
-    return function
-
-
-def check_rewards(name: str, rewards: Any) -> list:
-    """What the reward function called `name` returned, as a list.
-
-    Raises:
-        ValueError: anything but one number a completion. None and NaN are TRL's words for "does not apply".
-    """
-    right = "Return a list with one finite number, or None, for each completion."
-    if isinstance(rewards, str | Mapping) or not hasattr(rewards, "__iter__"):
-        raise ValueError(f"reward function {name!r} returned {rewards!r}. {right}")
-    rewards = list(rewards)
-    for row, value in enumerate(rewards):
-        if not _is_number(value):
-            raise ValueError(f"reward function {name!r} returned {value!r} for row {row} of its batch. {right}")
-    return rewards
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a reward is a number, of Python, numpy or torch, or None; a string or a list of one is none."""
-    if value is None:
-        return True
-    if isinstance(value, str | bytes) or getattr(value, "ndim", None):
+def asks_for_trajectory(reward: Any) -> bool:
+    """Whether a reward is a function with a parameter of that name (and no model, or a model's name)."""
+    if isinstance(reward, str | nn.Module) or not callable(reward):
         return False
     try:
-        return not math.isinf(float(value))
-    except (TypeError, ValueError, OverflowError):
+        return PARAMETER in inspect.signature(reward).parameters
+    except (TypeError, ValueError):  # some built-in callables have no signature
         return False
+
+
+def give_trajectory(reward_funcs, trajectory: Callable[[], list[list[int]]]):
+    """The rewards as TRL takes them, one or a list; those that ask are called with what `trajectory()` returns."""
+    if isinstance(reward_funcs, list):
+        return [give_trajectory(reward, trajectory) for reward in reward_funcs]
+    return _asked(reward_funcs, trajectory) if asks_for_trajectory(reward_funcs) else reward_funcs
+
+
+def _asked(reward, trajectory):
+    def arguments(kwargs: dict) -> dict:
+        return kwargs if PARAMETER in kwargs else {**kwargs, PARAMETER: trajectory()}
+
+    def call(*args, **kwargs):
+        return reward(*args, **arguments(kwargs))
+
+    async def wait(*args, **kwargs):
+        return await reward(*args, **arguments(kwargs))
+
+    # TRL awaits what `inspect.iscoroutinefunction` knows as such.
+    wrapped: Any = wait if inspect.iscoroutinefunction(reward) else call
+    if not hasattr(reward, "__name__"):  # an object with __call__, or a partial: TRL logs a reward under its name
+        wrapped.__name__ = getattr(getattr(reward, "func", None), "__name__", type(reward).__name__)
+        return wrapped
+    return functools.wraps(reward)(wrapped)

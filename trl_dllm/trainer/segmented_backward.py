@@ -30,7 +30,7 @@ def segmented_backward(
     loss: Loss,
     backward: Callable[[Tensor], None],
     defer_sync: Callable[[], AbstractContextManager],
-    elsewhere: Tensor | None,
+    unscored_logps: Tensor | None,
 ) -> Tensor:
     """Back-propagate a loss through all views but the last, and return a scalar that completes it.
 
@@ -41,13 +41,13 @@ def segmented_backward(
         backward (`Callable`): back-propagates a scalar, without an optimizer step.
         defer_sync (`Callable`): context in which gradients are accumulated without being synchronised between
             processes.
-        elsewhere (`Tensor` of shape (B, L), *optional*): for a token-separable loss, the log-probs that stand where a
-            view scores nothing (the old policy's: ratio 1); None if the loss is not separable: it needs a first pass.
+        unscored_logps (`Tensor` of shape (B, L), *optional*): for a token-separable loss, the log-probs that stand
+            where a view scores nothing (the old policy's: ratio 1). None: not separable, it needs a first pass.
 
     Returns:
         A scalar with the value of the whole loss and the gradient of the last view's part.
     """
-    if elsewhere is None:
+    if unscored_logps is None:
         with torch.no_grad():
             everything = TokenScores.sum(score(n) for n in range(num_views))
         value, slopes = _slopes(loss, everything, record=True)
@@ -56,12 +56,12 @@ def segmented_backward(
         last = n == num_views - 1
         with nullcontext() if last else defer_sync():
             scores = score(n)
-            if elsewhere is not None:
+            if unscored_logps is not None:
                 detached = scores.map(Tensor.detach)
                 seen.append(detached)
-                # What other views score stands at ratio 1, so that its loss is finite; the view itself is 0 there, and
-                # so is what these entries' slopes are multiplied with.
-                here = replace(detached, logps=torch.where(scores.scored, detached.logps, elsewhere))
+                # Positions of other views get the old policy's log-prob, so that the loss is finite. Their slopes meet
+                # zeros in this view's table and add nothing.
+                here = replace(detached, logps=torch.where(scores.scored, detached.logps, unscored_logps))
                 _, slopes = _slopes(loss, here, record=False)
             surrogate = torch.stack(
                 [
@@ -72,7 +72,7 @@ def segmented_backward(
             ).sum()
             if not last:
                 backward(surrogate)
-    if elsewhere is not None:
+    if unscored_logps is not None:
         with torch.no_grad():
             value = loss(TokenScores.sum(seen), True)
     return surrogate + (value - surrogate).detach()

@@ -129,6 +129,13 @@ class DiffusionSFTConfig(SFTConfig):
         # A mixture-of-experts config may bring a coefficient of its own, which TRL takes where this is None.
         self.router_aux_loss_coef = 0.0
 
+    def known_decoding(self) -> dict[str, object]:
+        """What is saved beside a trained model of how it is to be decoded: as far as the training says."""
+        known: dict[str, object] = {"max_new_tokens": self.canvas_length, "block_length": self.block_length}
+        if self.objective == "any_order":
+            known |= {"decoding": "any_order", "cache": "exact"}
+        return {name: value for name, value in known.items() if value is not None}
+
     @classmethod
     def from_stock(cls, args: SFTConfig) -> "DiffusionSFTConfig":
         """A stock SFTConfig with the diffusion fields at their defaults."""

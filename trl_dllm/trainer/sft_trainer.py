@@ -11,6 +11,7 @@ Datasets, tokenisation, PEFT, quantisation, checkpoints and the distributed back
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,9 +24,11 @@ from ..likelihood import View, score_view
 from ..likelihood.view import IGNORE
 from ..models import NEVER, Attention, MaskedDiffusionSpec
 from ..models.lora import register_lora_targets
-from ..models.spec import check_unshifted
+from ..models.spec import check_full_attention, check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
-from .data import check_sft_data, check_steps
+from .base import HOOKS, DiffusionTrainer
+from .data import check_sft_data
+from .finite import check_loss
 from .model_card import rewrite_quick_start
 from .sft_config import DiffusionSFTConfig
 from .stock import (
@@ -44,6 +47,7 @@ _OVERRIDDEN: Interface = {
     "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
     "prediction_step": ("model", "inputs", "prediction_loss_only", "ignore_keys"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
+    **HOOKS,
 }
 
 
@@ -185,11 +189,18 @@ def any_order_view(
     )
 
 
+def check_objective(name: str, spec: MaskedDiffusionSpec) -> None:
+    """Raise ValueError where a model family cannot be trained on the objective."""
+    check_full_attention(f"objective={name!r}", spec.block_size)
+    if name == "any_order":
+        check_unshifted("objective='any_order'", spec.logits_shift)
+
+
 # The config's `objective` names. Each builds the view of a batch whose weighted log-probs, negated, are the losses.
 OBJECTIVES: dict[str, Callable[..., View]] = {"masked_diffusion": masked_diffusion_view, "any_order": any_order_view}
 
 
-class DiffusionSFTTrainer(SFTTrainer):
+class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
     """
     Supervised fine-tuning of masked diffusion language models (LLaDA, Dream, …): LLaDA Algorithm 2, d1's SFT.
 
@@ -258,15 +269,15 @@ class DiffusionSFTTrainer(SFTTrainer):
             given["processing_class"] = AutoProcessor.from_pretrained(model, **hub_kwargs(args))
         refuse_processor(given.get("processing_class"))
         if given.get("processing_class") is not None:
-            spec = MaskedDiffusionSpec.from_config(config, given["processing_class"])
-            if args.objective == "any_order":
-                check_unshifted("objective='any_order'", spec.logits_shift)
+            check_objective(args.objective, MaskedDiffusionSpec.from_config(config, given["processing_class"]))
 
         check_sft_data(given, args, config)
         self._micro_step = 0  # micro-batches of the current optimizer step that this process has scored
         super().__init__(*bound.args[1:], **bound.kwargs)
 
         self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
+        self.spec.write_to(self.model)
+        check_objective(args.objective, self.spec)  # of a model in memory whose tokenizer TRL has found
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError(
@@ -290,10 +301,12 @@ class DiffusionSFTTrainer(SFTTrainer):
             if args.gradient_checkpointing:  # reentrant checkpointing gives no gradient behind frozen embeddings
                 self.model.enable_input_require_grads()
 
-    def train(self, *args, **kwargs):
-        output = super().train(*args, **kwargs)
-        check_steps(self.state.global_step)
-        return output
+    def process_state(self, folder: str) -> dict[str, Any]:
+        return {"num_tokens": self._total_train_tokens}
+
+    def load_process_states(self, states: list[dict[str, Any]], folder: str) -> None:
+        if states:
+            self._total_train_tokens = states[0]["num_tokens"]
 
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of an optimizer step and, as TRL's `num_items_in_batch`, their rows over all processes."""
@@ -333,6 +346,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         else:  # DDP and DeepSpeed average gradients over processes, and this is a sum over them
             loss = loss * self.accelerator.num_processes / num_items_in_batch
         self._record(view, answer, scores, inputs["attention_mask"])
+        check_loss(self, loss, inputs["input_ids"], inputs["attention_mask"], {"log_probs": scores.logps})
         return (loss, scores) if return_outputs else loss
 
     @torch.no_grad()
@@ -358,8 +372,7 @@ class DiffusionSFTTrainer(SFTTrainer):
         """TRL's model card, with this library's way to generate."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            canvas_length = self.args.canvas_length or 256
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, canvas_length)
+            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())
 
 
 def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:

@@ -1,10 +1,13 @@
 """What every trainer here does with TRL: refuse what does not apply, take over its configs, and check its methods."""
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 
 from ..models import unwrap
@@ -33,6 +36,32 @@ def check_trl(trainer_class: type, interface: Interface) -> None:
                 + (f"has no parameter {missing[0]!r}" if method else "does not exist")
                 + "; trl_dllm overrides it and would silently train something else. Install trl>=1.15,<2."
             )
+
+
+def known_arguments(function: Callable, **kwargs) -> dict[str, Any]:
+    """Of `kwargs`, those that this version's `function` takes."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """No dropout while completions are drawn, in a model that is otherwise left as it is.
+
+    Not `model.eval()`: on some CPUs that repacks 4-bit weights for inference, for good.
+    """
+    noisy = [
+        module
+        for module in model.modules()
+        if module.training and (isinstance(module, _DropoutNd) or getattr(module, "attention_dropout", False))
+    ]
+    for module in noisy:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in noisy:
+            module.training = True
 
 
 # ------------------------------------------------------------------------------------------------------------- configs

@@ -1,6 +1,7 @@
 """One process of several: `torchrun … grpo_worker.py SETTINGS.json`; does every entry of `runs`, writes what it did.
 
-SETTINGS has `checkpoint`, `folder`, `deepspeed` (a DeepSpeed config or null) and `runs` (name -> keywords of `run`).
+SETTINGS has `checkpoint`, `folder`, `deepspeed` (a DeepSpeed config or null) and `runs` (name -> keywords of
+`run`, or of the function of `helpers_distributed` that `do` names).
 """
 
 import json
@@ -26,11 +27,12 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     if settings["deepspeed"]:
         initialise_deepspeed()
-    from helpers_distributed import run
+    import helpers_distributed
 
     rank, folder, results = os.environ["RANK"], Path(settings["folder"]), {}
     extra = {"deepspeed": settings["deepspeed"]} if settings["deepspeed"] else {}
     for name, keywords in settings["runs"].items():
+        run = getattr(helpers_distributed, keywords.pop("do", "run"))
         results[name] = run(folder / name, settings["checkpoint"], **keywords, **extra)
         (folder / f"rank{rank}.json").write_text(json.dumps(results))
 
