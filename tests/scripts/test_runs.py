@@ -276,7 +276,9 @@ def test_another_split_of_a_step_is_the_same_run(run, monkeypatch):
 
 def test_a_checkpoint_that_says_nothing_is_gone_on_with_and_said(run, folder, monkeypatch, capsys):
     killed_before_the_model_is_saved(run, monkeypatch, max_steps=1)
-    (folder / "checkpoint-1" / FINGERPRINT).unlink()
+    checkpoint = folder / "checkpoint-1"  # as from an earlier version
+    for file in (checkpoint / FINGERPRINT, checkpoint / "manifest.json", *checkpoint.glob("process_state*")):
+        file.unlink()
     run(seed=1)
     assert f"checkpoint-1 has no {FINGERPRINT}" in capsys.readouterr().out
 

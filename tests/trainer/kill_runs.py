@@ -4,7 +4,7 @@
 
 A worker (one process, or two under torchrun with gloo) trains a tiny model and says on its output what it begins to
 do: `rollout`, `backward`, `saving`, `between`. SIGKILL comes to all of its processes a random moment after such a
-line, and the same command is given again, until the run is finished. `test_kill.py` runs a few.
+line, and the same command is given again, until the run is finished.
 """
 
 import argparse

@@ -43,6 +43,7 @@ from .data import check_grpo_data, check_text
 from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
+from .metrics import record_generation, record_kl, record_mismatch
 from .model_card import rewrite_quick_start
 from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
@@ -233,7 +234,11 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         outputs |= self._old_and_reference_logps(rollout)
         if self.args.loss_type == "wd1":
             outputs["advantages"] = self._wd1_advantages(outputs["advantages"])
-        self._record_generation(rollout)
+        if self.model.training:  # the run's cost is that of training
+            self.flops.counted += rollout.flops
+            paper = self.args.paper_flops(len(rollout), self._parameters, self._frozen_backbone, self.estimator)
+            self.flops.paper += paper.total
+        record_generation(self, rollout)
         return outputs
 
     def _generate(self, prompts, *args, **kwargs):
@@ -439,7 +444,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             if record:
                 parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}
                 check_loss(self, value, rollout.prompt_ids, rollout.prompt_mask, parts)
-                self._record_mismatch(scores, rollout)
+                before_update = self._step % self._cycle < self.args.gradient_accumulation_steps
+                if self.args.old_logps == "rollout" and self.model.training and before_update:
+                    record_mismatch(self, scores, rollout)
             return value
 
         if views == 1 or not torch.is_grad_enabled():
@@ -454,7 +461,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         # Its own KL, from a reference that is the policy, is 0, and so is that KL's gradient.
         loss = GRPOTrainer._compute_loss(trainer, scores, {**inputs, "ref_per_token_logps": scores.logps.detach()})
         if record:
-            self._record_kl(scores.kls, inputs["completion_mask"])
+            record_kl(self, scores.kls, inputs["completion_mask"])
         return loss + self.beta * (token_weights(self, inputs) * scores.kls).sum()
 
     def _without_metrics(self) -> "DiffusionGRPOTrainer":
@@ -487,47 +494,6 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         if self._separable:
             unscored_logps = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
         return segmented_backward(views, score, loss, backward, defer_sync, unscored_logps)
-
-    # ------------------------------------------------------------------------------------------------------- metrics
-
-    def _record_generation(self, rollout: Rollout) -> None:
-        """Log the sampler's speed and the run's floating-point operations so far, over all processes."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        decoded = rollout.revealed.sum() / rollout.num_steps.sum()
-        metrics["sampling/tokens_per_forward"].append(self.accelerator.gather(decoded).mean().item())
-        metrics["sampling/steps"].append(self.accelerator.gather(rollout.num_steps.float().mean()).mean().item())
-        if not self.model.training:
-            return
-        self.flops.counted += rollout.flops
-        paper = self.args.paper_flops(len(rollout), self._parameters, self._frozen_backbone, self.estimator)
-        self.flops.paper += paper.total
-        totals = torch.tensor([[self.flops.counted, self.flops.paper]], dtype=torch.float64)
-        totals = self.accelerator.gather(totals.to(self.accelerator.device)).sum(dim=0).tolist()
-        # Set and not appended: TRL averages a window's entries, and these are totals.
-        metrics["flops"] = [totals[0]]
-        metrics["flops_paper"] = [totals[1]]
-
-    @torch.no_grad()
-    def _record_kl(self, kls: Tensor, mask: Tensor) -> None:
-        """Log the KL over the vocabulary, averaged over counted tokens of all processes, in place of TRL's 0."""
-        sums = torch.stack([(kls * mask).sum(), mask.sum().to(kls.dtype)])
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics["train" if self.model.training else "eval"]["kl"][-1] = total / max(count, 1)
-
-    @torch.no_grad()
-    def _record_mismatch(self, scores: TokenScores, rollout: Rollout) -> None:
-        """Log how far the sampler's own log-probs are from the policy's, where they serve as the old policy's.
-
-        Before the first update of a cycle the two are the same policy, and what differs is rounding or a cache.
-        """
-        before_update = self._step % self._cycle < self.args.gradient_accumulation_steps
-        if self.args.old_logps != "rollout" or not self.model.training or not before_update:
-            return
-        ratio = (scores.logps - rollout.logps)[rollout.counted]
-        kl = (ratio.exp() - 1 - ratio).mean().nan_to_num()
-        metrics = self._metrics["train"]
-        metrics["sampling/mismatch_kl"].append(self.accelerator.gather(kl).mean().item())
-        metrics["sampling/mismatch_max"].append(self.accelerator.gather(ratio.abs().max()).max().item())
 
     # ---------------------------------------------------------------------------------------------------- model card
 

@@ -1,0 +1,58 @@
+"""What is logged beside TRL's metrics, against numbers by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_grpo import as_rollout, build
+
+from trl_dllm.likelihood import TokenScores
+from trl_dllm.trainer.metrics import record_generation, record_kl, record_mismatch
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    trainer = build(tmp_path, max_steps=1)
+    trainer.train()
+    for entries in trainer._metrics.values():
+        entries.clear()
+    return trainer
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_samplers_speed_and_the_totals(trainer, mode):
+    trainer.model.train(mode == "train")
+    rollout = as_rollout(trainer, trainer._buffered_inputs[0])
+    for _ in range(2):
+        record_generation(trainer, rollout)
+    entries = trainer._metrics[mode]
+    steps = rollout.num_steps.float().mean().item()
+    assert entries["sampling/steps"] == [steps] * 2
+    revealed = int((rollout.unmask_step >= 0).sum())
+    assert entries["sampling/tokens_per_forward"] == pytest.approx([revealed / int(rollout.num_steps.sum())] * 2)
+    totals = {"flops": [float(trainer.flops.counted)], "flops_paper": [float(trainer.flops.paper)]}
+    assert {name: entries[name] for name in totals if name in entries} == (totals if mode == "train" else {})
+
+
+def test_the_full_kl_is_a_mean_over_counted_tokens_and_replaces_trls(trainer):
+    trainer.model.train()
+    trainer._metrics["train"]["kl"] = [7.0, 0.0]
+    record_kl(trainer, torch.tensor([[1.0, 2.0, 9.0], [3.0, 9.0, 9.0]]), torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    assert trainer._metrics["train"]["kl"] == [7.0, 2.0]
+    record_kl(trainer, torch.ones(1, 2), torch.zeros(1, 2))
+    assert trainer._metrics["train"]["kl"] == [7.0, 0.0]
+
+
+def test_the_mismatch_is_k3_of_the_counted_tokens(trainer):
+    trainer.model.train()
+    rollout = as_rollout(trainer, trainer._buffered_inputs[0])
+    counted = torch.zeros_like(rollout.counted)
+    counted[0, :2] = True
+    rollout = replace(rollout, counted=counted)
+    logps = rollout.logps.clone()
+    logps[0, 0] += 0.5
+    logps[1, 0] += 100.0  # not counted
+    record_mismatch(trainer, TokenScores(logps, logps, counted), rollout)
+    expected = (torch.tensor(0.5).exp() - 1 - 0.5).item() / 2
+    assert trainer._metrics["train"]["sampling/mismatch_kl"] == pytest.approx([expected], rel=1e-5)
+    assert trainer._metrics["train"]["sampling/mismatch_max"] == pytest.approx([0.5], rel=1e-5)
