@@ -58,8 +58,11 @@ def load_model(args: argparse.Namespace):
     from trl_dllm.models import MaskedDiffusionSpec
 
     name = args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    spec = MaskedDiffusionSpec.from_config(AutoConfig.from_pretrained(name), tokenizer)
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(name, padding_side="left"), AutoConfig.from_pretrained(name)
+    except OSError as error:  # which without a network does not say what it was looking for
+        raise OSError(f"model_name_or_path={name!r} cannot be read: {error}") from error
+    spec = MaskedDiffusionSpec.from_config(config, tokenizer)
     kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     base = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, **kwargs)
     spec.write_to(base)
