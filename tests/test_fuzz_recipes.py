@@ -284,9 +284,11 @@ def is_what_was_asked(name: str, asked: Any, found: Any) -> bool:
         return found == []
     if name == "include_num_input_tokens_seen":
         return {True: "all", False: "no"}.get(asked) == found
-    if name == "num_segments":
-        return found is None  # of another estimator: ignored with a warning
+    if name == "num_segments" and found is None:
+        return True  # of another estimator: ignored with a warning
     if isinstance(asked, str) and not isinstance(found, str):  # as it would stand on the command line
+        if isinstance(found, list) and len(found) == 1:  # of which it is one item
+            return found == [asked]
         if isinstance(found, bool):
             return found is (asked.lower() in ("yes", "true", "t", "y", "1"))
         return float(asked) == found if isinstance(found, int | float) else json.loads(asked) == found
@@ -298,18 +300,18 @@ def check(case: Case, folder: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(os, "environ", os.environ.copy())  # a recipe's `env` goes there
     runs, loaded = [], []
-    main, from_pretrained = case.script.main, PreTrainedModel.from_pretrained.__func__
+    main, load = case.script.main, PreTrainedModel._load_pretrained_model
 
     def watched(*arguments):
         found = {name: copy.deepcopy(value) for part in arguments for name, value in vars(part).items()}
         runs.append((found, main(*arguments)))
 
-    def watched_load(cls, *args, **kwargs):
-        loaded.append(cls)
-        return from_pretrained(cls, *args, **kwargs)
+    def watched_load(model, *args, **kwargs):
+        loaded.append(model)
+        return load(model, *args, **kwargs)
 
     monkeypatch.setattr(case.script, "main", watched)
-    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watched_load))
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", staticmethod(watched_load))
     try:
         cli.main([case.command, "--config", "recipe.yaml", *case.argv])
     except SystemExit as ended:

@@ -169,6 +169,10 @@ class _Loader(yaml.SafeLoader):
 def _parse(text: str, path: Path) -> dict:
     try:
         settings = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        said = [(error.context, error.context_mark), (error.problem, error.problem_mark)]
+        where = [f"{what} in line {mark.line + 1}, column {mark.column + 1}" for what, mark in said if mark]
+        raise ValueError(f"{path} is not YAML: {': '.join(where)}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):

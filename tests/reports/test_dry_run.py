@@ -19,6 +19,7 @@ from trl_dllm.scripts import common, grpo, sft
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "llada_8b"
 TINY = {
+    "task": "sudoku",
     "use_cpu": "true",
     "bf16": "false",
     "dtype": "float32",

@@ -145,3 +145,13 @@ def test_a_long_value_is_shown_in_part():
 def test_chat_prompts_train(tmp_path):
     assert len(PROMPTS) > 1
     build(tmp_path, data=chat_prompts()).train()
+
+
+def test_sft_refuses_a_length_that_leaves_no_answer(tmp_path, checkpoint, no_weights):
+    """TRL drops what is cut to the prompt alone; one row that is left is enough."""
+    data = rows(prompt=["abcdefgh", "abcdefghij"], completion=["12", "34"])
+    with pytest.raises(
+        ValueError, match="max_length=8 leaves no answer: prompts of train_dataset have 8 tokens or more"
+    ):
+        sft(tmp_path, data, model=checkpoint(), max_length=8)
+    assert len(sft(tmp_path, data, max_length=9).train_dataset) == 1

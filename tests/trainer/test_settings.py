@@ -146,3 +146,21 @@ def test_a_config_raises_no_futurewarning(tmp_path, cls, settings):
         warnings.simplefilter("error", FutureWarning)
         found = cls(str(tmp_path), use_cpu=True, bf16=False, **settings)
     assert found.gradient_checkpointing is settings.get("gradient_checkpointing", True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pad_to_multiple_of": "nonsense"}, "pad_to_multiple_of='nonsense' must be a whole number of at least 1"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be"),
+        ({"accelerator_config": "{bad json"}, "accelerator_config='{bad json' must be a mapping"),
+        ({"deepspeed": "{bad json"}, "deepspeed='{bad json' must be a mapping"),
+        ({"torch_compile_mode": "fastest"}, "torch_compile_mode='fastest' is unknown"),
+        ({"torch_compile_backend": "inducter"}, "torch_compile_backend='inducter' .*did you mean 'inductor'"),
+        ({"output_dir": " "}, "output_dir=' ' must name a folder"),
+    ],
+)
+@pytest.mark.parametrize("config", [DiffusionGRPOConfig, DiffusionSFTConfig])
+def test_what_transformers_would_fail_on_without_a_name_is_named(tmp_path, config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, **changes})

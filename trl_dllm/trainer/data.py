@@ -48,18 +48,42 @@ def check_sft_data(given: Mapping[str, Any], args: Any, model_config: Any) -> No
     Args and errors as in `check_grpo_data`.
     """
     check_positions(model_config, 0, args.canvas_length or 0, "canvas_length")
+    for field in ("eos_token", "pad_token"):
+        token, tokenizer = getattr(args, field), given.get("processing_class")
+        if token is not None and tokenizer is not None and token not in tokenizer.get_vocab():
+            raise ValueError(f"{field}={token!r} is no token of the tokenizer. Name one of its vocabulary.")
     known = [("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), (args.dataset_text_field,)]
     batch = args.per_device_train_batch_size * args.world_size
     for name, dataset in _data_sets(given):
-        for column in _find_columns(name, dataset, known):
+        columns = _find_columns(name, dataset, known)
+        for column in columns:
             if column != "input_ids":
                 list(_rows(name, dataset, column))
+        if columns == ("prompt", "completion") and args.completion_only_loss is not False:
+            _check_answers_are_left(name, dataset, args, given.get("processing_class"))
         dropped = name == "train_dataset" and args.dataloader_drop_last
         if dropped and isinstance(dataset, Dataset) and len(dataset) < batch:
             raise ValueError(
                 f"{name} has {len(dataset)} rows, but a batch takes {batch} and dataloader_drop_last=True drops a "
                 "smaller one, so no step would be made. Give more rows, or lower per_device_train_batch_size."
             )
+
+
+def _check_answers_are_left(name: str, dataset: Dataset | IterableDataset, args: Any, tokenizer: Any) -> None:
+    """Raise ValueError where `max_length` cuts off every answer: TRL would drop every row."""
+    if args.max_length is None or args.packing or args.truncation_mode != "keep_start" or tokenizer is None:
+        return
+    shortest = None
+    for _, prompt in _rows(name, dataset, "prompt"):
+        length = len(_tokenize(prompt, tokenizer, None))
+        if length < args.max_length:
+            return
+        shortest = min(length, shortest or length)
+    if shortest is not None:
+        raise ValueError(
+            f"max_length={args.max_length} leaves no answer: prompts of {name} have {shortest} tokens or more. Raise "
+            "max_length, or set it to None."
+        )
 
 
 def check_text(where: str, value: object) -> None:

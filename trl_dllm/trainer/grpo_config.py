@@ -185,6 +185,11 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             raise ValueError(f"sampler_batch_size={self.sampler_batch_size} must be at least 1, or None for all rows.")
         self.check_decoding(self.canvas_length, "max_completion_length")
         self.generation_config()  # checks the temperature
+        if self.temperature == 0:
+            warnings.warn(
+                "temperature=0: the completions of a group are all the same, every advantage is 0, and nothing is "
+                "learned. Set a temperature (0.9 in d1 and d2)."
+            )
         self._check_loss()
         self.check_estimator(self.build_estimator())
 

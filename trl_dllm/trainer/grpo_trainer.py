@@ -15,7 +15,6 @@ and nothing is remembered between the two calls.
 
 import copy
 import inspect
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -37,6 +36,7 @@ from ..models.lora import register_lora_targets
 from ..models.spec import check_full_attention, check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
+from .architecture import check_architecture
 from .base import HOOKS, DiffusionTrainer
 from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
 from .data import check_grpo_data, check_text
@@ -148,6 +148,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 "sync_ref_model=True with an adapter: the reference is the model without it, which never changes. Set "
                 "sync_ref_model=False, or train the whole model."
             )
+        check_architecture(model, config, args, given.get("peft_config"))
         check_grpo_data(given, args, config, tokenizer)
         if args.decoding == "any_order":
             check_unshifted("decoding='any_order'", self.spec.logits_shift)
@@ -167,12 +168,6 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             finally:
                 args.beta = beta
         self.beta = beta
-        if args.temperature == 0:
-            warnings.warn(
-                "temperature=0: the completions of a group are all the same, every advantage is 0, and nothing is "
-                "learned. Set a temperature (0.9 in d1 and d2).",
-                stacklevel=2,
-            )
         # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
         if args.kl_estimator == "full" and hasattr(unwrap(self.model).get_output_embeddings(), "modules_to_save"):
             raise ValueError(

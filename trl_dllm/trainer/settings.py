@@ -85,8 +85,13 @@ def check_settings(config: Any, elsewhere: Iterable[str], choices: Mapping[str, 
                 raise ValueError(f"{name}={value!r} must be {right}.")
     for name in config._VALID_DICT_FIELDS:  # which transformers parses where they are strings
         value = getattr(config, name)
-        if isinstance(value, str) and name not in done:
+        # Some may be the path of a file; transformers takes for JSON what starts with a brace.
+        if isinstance(value, str) and (name not in done or value.startswith("{")):
             _check_json(name, value)
+    if isinstance(config.output_dir, str) and not config.output_dir.strip():
+        raise ValueError(f"output_dir={config.output_dir!r} must name a folder.")
+    _check_padding(config.pad_to_multiple_of)
+    _check_compile(config)
     resume = config.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() not in ("true", "false") and not Path(resume).is_dir():
         raise ValueError(
@@ -104,6 +109,26 @@ def _check_json(name: str, text: str) -> None:
         fits = False
     if not fits:
         raise ValueError(f"{name}={text!r} must be a mapping, or the JSON of one.")
+
+
+def _check_padding(value: Any) -> None:
+    """Refuse what is no number of tokens, which TRL reads from a string too."""
+    if value in (None, "auto") or (isinstance(value, str) and value.lower() in ("none", "null")):
+        return
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ValueError(f"pad_to_multiple_of={value!r} must be a whole number of at least 1, 'auto' or None.")
+
+
+def _check_compile(config: Any) -> None:
+    """Refuse a mode or a backend that torch.compile does not have."""
+    if config.torch_compile_mode is not None:
+        from torch._inductor import list_mode_options
+
+        check_choice("torch_compile_mode", config.torch_compile_mode, list_mode_options())
+    if config.torch_compile_backend is not None:
+        from torch._dynamo import list_backends
+
+        check_choice("torch_compile_backend", config.torch_compile_backend, list_backends(exclude_tags=()))
 
 
 def _check_scheduler(config: Any) -> None:
