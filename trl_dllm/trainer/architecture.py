@@ -27,7 +27,7 @@ def check_architecture(
         ValueError: naming the setting and what the model has.
         ImportError: an attention implementation whose package is missing.
     """
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if not isinstance(model, str) or model_class is None:
         return
     config = copy.deepcopy(config)
