@@ -24,6 +24,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> None:
     """Run `trl-dllm` with the arguments given, or those of the command line."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--debug"]:  # of every command, where it may stand as well
+        argv = [*argv[1:2], "--debug", *argv[2:]]
     command = argv[0] if argv else "--help"
     if command in COMMANDS:
         from trl_dllm.cli import run
@@ -33,11 +35,15 @@ def main(argv: list[str] | None = None) -> None:
         return print("trl-dllm", metadata.version("trl-dllm"))
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    print("usage: trl-dllm COMMAND [arguments]; COMMAND --help says more; --version\n\n" + "\n".join(lines))
+    print(
+        "usage: trl-dllm COMMAND [arguments]; COMMAND --help says more; --version\n"
+        "       --debug shows the traceback of an error\n\n" + "\n".join(lines)
+    )
     if command not in ("-h", "--help"):
         near = get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise SystemExit(f"\ntrl-dllm: unknown command {command!r}{hint}")
+        print(f"\ntrl-dllm: unknown command {command!r}{hint}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

@@ -261,3 +261,27 @@ def test_two_processes_write_the_file_of_one(tiny, tmp_path):
         )
     assert (tmp_path / "1" / GENERATIONS).read_text() == (tmp_path / "2" / GENERATIONS).read_text()
     assert not (tmp_path / "2" / "parts").exists()
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_the_first_draw(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("trl_dllm.evaluation.complete", lambda *args, **kwargs: pytest.fail("drawn"))
+    model, tokenizer = tiny
+    rows = [{"prompt": "ab"}, {"prompt": "a" * (model.config.max_position_embeddings - 15)}]
+    with pytest.raises(ValueError, match=r"row 1: .* max_new_tokens=16 are beyond"):
+        evaluate(model, tokenizer, get_task("sudoku"), rows, DiffusionGenerationConfig(16), tmp_path / "long")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{question", "line 2, is not JSON"),
+        ('{"question": "a"}', "line 2, has no .*: a line is a mapping of question, generations and ground_truth"),
+        ("[1]", "line 2, has no "),
+    ],
+)
+def test_stored_outputs_of_another_form_are_refused_by_line(tmp_path, line, message):
+    stored = tmp_path / "stored.jsonl"
+    right = json.dumps({"question": "q", "generations": ["a"], "ground_truth": "1"})
+    stored.write_text(f"{right}\n{line}\n")
+    with pytest.raises(ValueError, match=rf"stored\.jsonl, {message}"):
+        rescore(get_task("gsm8k"), stored, tmp_path / "out")

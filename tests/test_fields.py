@@ -2,12 +2,18 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from trl_dllm.fields import check_fields, check_kind, document_fields
+
+
+class Colour(str, Enum):
+    RED = "red"
+    GREEN = "green"
 
 
 @dataclass
@@ -31,6 +37,11 @@ class Settings(Base):
     others: dict[str, Any] | str | None = field(default=None, metadata={"help": "Anything."})
 
 
+@dataclass
+class Enumerated:
+    tone: Colour | str = "red"
+
+
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
@@ -38,16 +49,37 @@ class Settings(Base):
         (int, [0, -3, np.int64(4)], [True, 4.0, "4", None, math.nan, np.float32(1)]),
         (float, [0.5, -1, 3, np.float32(0.5)], [True, "0.5", None, math.nan, math.inf, -math.inf, 1j]),
         (str, ["", "red"], [1, None, ["red"]]),
+        (float | None, [None, 1, 10**400], ["1", math.nan]),
+        (list[str] | None, [[], ["a", "b"], None], ["a", [1], {"a": 1}]),
+        (list[float], [[1, 0.5]], [0.5, [math.nan], [True]]),
+        (dict[str, Any] | str, [{}, {"a": []}, "{}"], [None, [], 3]),
+        (Literal[False] | str, [False, "no"], [True, None]),
+        (Colour, [Colour.RED, "red"], ["blue", 3]),
+        (Any, [None, object()], []),
     ],
 )
 def test_kinds(kind, good, bad):
     for value in good:
         check_kind("name", value, kind)
-        check_kind("name", value, kind, or_none=True)
+        check_kind("name", value, kind | None)
     for value in bad:
         with pytest.raises(ValueError, match=r"name=.* must be [^.]*\.$"):
             check_kind("name", value, kind)
-    check_kind("name", None, kind, or_none=True)
+    check_kind("name", None, kind | None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "called"),
+    [
+        (int | None, "a whole number or None"),
+        (None | str | list[str], "a string or a list of which each is a string or None"),
+        (dict[str, Any] | str | None, "a mapping or a string or None"),
+    ],
+)
+def test_a_kind_is_called_by_plain_words(kind, called):
+    with pytest.raises(ValueError) as error:
+        check_kind("name", 0.5, kind)
+    assert str(error.value) == f"name=0.5 must be {called}."
 
 
 def test_only_the_named_fields_are_checked():
@@ -64,9 +96,12 @@ def test_an_unknown_choice_names_the_known_ones_and_the_nearest():
         check_fields(Settings(colour="blue"), ["colour"])
 
 
-@pytest.mark.parametrize("others", [{"a": 1}, "{}", None, 3])
-def test_a_field_of_another_type_may_hold_anything(others):
-    check_fields(Settings(others=others), ["others"])
+def test_an_enumeration_is_a_choice_by_its_values():
+    check_fields(Enumerated(tone=Colour.GREEN), ["tone"])
+    check_fields(Enumerated(tone="green"), ["tone"])
+    for wrong in ("geen", False, None, 3, ["green"]):  # YAML reads a bare `no` as False
+        with pytest.raises(ValueError, match=r"^tone=.* is unknown.*; choose 'red' or 'green'\.$"):
+            check_fields(Enumerated(tone=wrong), ["tone"])
 
 
 def test_the_docstring_lists_the_fields_that_the_base_has_not():

@@ -245,3 +245,35 @@ def test_the_printed_copy_of_a_recipe_parses_to_the_same_settings(name, tmp_path
     assert head_comment(copy) == head_comment(path)
     sections = [line for line in copy.read_text().splitlines() if line.endswith((" arguments", " trainer config"))]
     assert sections == ["# Model arguments", "# Data arguments", f"# {script.upper()} trainer config"]
+
+
+# --------------------------------------------------------------------------------------------------- what is no recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"seed: 1\nbeta: 2\nseed: 3\n", "is not YAML: .*the key 'seed' is twice"),
+        (b"task_kwargs: {a: 1, a: 2}\n", "the key 'a' is twice"),
+        (b"2: 3\n", "the key 2 must be a string; put it in quotes"),
+        (b"null: 3\n", "the key None must be a string"),
+        (b"seed: 2026-13-45\n", "is not YAML: month must be in"),
+        (b"seed: [1\n", "is not YAML: "),
+        (b"run_name: \xff\n", "is no text in UTF-8"),
+        (b"run_name: " + b"[" * 3000, "is not YAML"),
+        (b"", "must be a YAML mapping"),
+        (b"seed: !!python/object:os.system {}\n", "is not YAML"),
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else value[:24],
+)
+def test_what_is_no_recipe_is_said_by_file(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=rf"(?s)mine\.yaml.*{message}"):
+        load_recipe(path)
+
+
+def test_keys_may_be_merged_and_stand_in_several_mappings(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: {x: 3}\n")
+    assert load_recipe(path) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": {"x": 3}}

@@ -8,9 +8,11 @@ Training commands take a recipe, overrides, and the arguments of `accelerate lau
 With one device and no launch argument they run in this process.
 """
 
+import sys
 from importlib import import_module
 from pathlib import Path
 
+from trl_dllm.command import Ended, one_line, run_script, take_debug
 from trl_dllm.recipe import find_accelerate_config
 from trl_dllm_cli import main
 
@@ -19,22 +21,18 @@ TRAINS = ("sft", "grpo")  # take a recipe, and may be launched on several proces
 
 
 def run(command: str, argv: list[str]) -> None:
-    """Run the script of a command. What is to be mended in a recipe or argument ends it with one line."""
-    name = command.replace("-", "_")
-    module = import_module(f"trl_dllm.scripts.{name}")
-    parser = module.make_parser(prog=f"trl-dllm {command}")
-    if command not in TRAINS:
-        module.main(parser.parse_args(argv))
-        return
-    try:
-        script_flags = {flag for action in parser._actions for flag in action.option_strings}
-        launch, script = split_launch_arguments(argv, script_flags)
-        if launch or _several_gpus():
-            return _launch(resolve_accelerate_config(launch), name, script)
-        arguments = parser.parse_args_and_config(script)
-    except (ValueError, FileNotFoundError) as error:  # a recipe to mend, not a bug to trace
-        raise SystemExit(f"trl-dllm {command}: {error}") from error
-    module.main(*arguments)
+    """Run the script of a command, in this process or on several. What goes wrong ends it with one line."""
+    prog, name = f"trl-dllm {command}", command.replace("-", "_")
+    rest, debug = take_debug(argv)
+    with one_line(prog, debug):
+        module = import_module(f"trl_dllm.scripts.{name}")
+        if command in TRAINS:
+            script_flags = {flag for action in module.make_parser()._actions for flag in action.option_strings}
+            launch, script = split_launch_arguments(rest, script_flags)
+            if launch or _several_gpus():
+                _launch(prog, resolve_accelerate_config(launch), name, [*script, *["--debug"] * debug])
+                return
+    run_script(prog, module.make_parser, module.main, argv)
 
 
 def split_launch_arguments(argv: list[str], script_flags: set[str]) -> tuple[list[str], list[str]]:
@@ -76,11 +74,28 @@ def _several_gpus() -> bool:
     return torch.cuda.device_count() > 1
 
 
-def _launch(launch: list[str], name: str, script: list[str]) -> None:
-    from accelerate.commands.launch import launch_command, launch_command_parser
+def _launch(prog: str, launch: list[str], name: str, script: list[str]) -> None:
+    """Run a script by `accelerate launch`. Its processes say what went wrong in them; this one ends as they did."""
+    import logging
+    from subprocess import CalledProcessError
 
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if "--debug" not in script:
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     path = Path(__file__).parent / "scripts" / f"{name}.py"
-    launch_command(launch_command_parser().parse_args([*launch, str(path), *script]))
+    try:
+        launch_command(launch_command_parser().parse_args([*launch, str(path), *script]))
+    except (ChildFailedError, CalledProcessError) as error:
+        if isinstance(error, ChildFailedError):
+            rank, failure = error.get_first_failure()
+            code = failure.exitcode
+        else:
+            rank, code = 0, error.returncode
+        if code < 0:  # it has said nothing
+            print(f"{prog}: process {rank} was ended by signal {-code}", file=sys.stderr)
+        raise Ended(f"{prog}: process {rank} ended with {code}", code if code > 0 else 128 - code) from error
 
 
 if __name__ == "__main__":

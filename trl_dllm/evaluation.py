@@ -15,7 +15,8 @@ import torch
 from .fingerprint import FINGERPRINT, Difference, Fingerprint, differences, in_a_line, refuse
 from .generation import DiffusionGenerationConfig, generate
 from .identity import dataset_hash, hash_files, module_identity
-from .models import MaskedDiffusionSpec
+from .models import MaskedDiffusionSpec, unwrap
+from .models.spec import check_positions
 from .noise import Purpose, hash64
 from .processes import on_main_process, process_state, say
 from .rollout import Rollout
@@ -188,6 +189,10 @@ def evaluate(
     batches = [draws[i : i + batch_size] for i in range(0, len(draws), batch_size)]
     todo = [] if (folder / GENERATIONS).exists() else range(state.process_index, len(batches), state.num_processes)
     spec = MaskedDiffusionSpec.from_model(model, tokenizer) if todo else None
+    if todo:  # before hours have gone into the rows before one that is too long
+        tokens = tokenize_prompts(tokenizer, [row["prompt"] for row in dataset], prefill)[1].sum(dim=1).tolist()
+        for row, length in enumerate(tokens):
+            check_positions(unwrap(model).config, length, config.max_new_tokens, "max_new_tokens", f"row {row}: ")
     progress = tqdm(todo, desc=f"evaluating {task.name}", unit="batch", disable=not state.is_main_process)
     for number in progress:
         part = folder / PARTS / f"{number:06d}.jsonl"
@@ -279,7 +284,13 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
     fingerprint.write(folder)
     records, columns = [], []
     for number, stored_record in enumerate(_read(Path(stored))):
-        row, text = task.stored_row(stored_record), stored_record["generations"]
+        try:
+            row, text = task.stored_row(stored_record), stored_record["generations"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{stored}, line {number + 1}, has no {error}: a line is a mapping of question, generations and "
+                "ground_truth."
+            ) from error
         columns.append(row)
         text = text[0] if isinstance(text, list) else text
         records.append({"row": number, "completion": text, **score(text, row)})
@@ -339,8 +350,14 @@ def _parser(task: Task, name: str):
 
 
 def _read(path: Path) -> list[dict]:
-    with path.open() as file:
-        return [json.loads(line) for line in file]
+    records = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}.") from error
+    return records
 
 
 def _write(path: Path, records: list[dict]) -> None:

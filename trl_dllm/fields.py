@@ -6,50 +6,90 @@ import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
+from enum import Enum
 from textwrap import fill
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
 C = TypeVar("C", bound=type)
 
 # What a value of each kind is called where it is not one.
-_KINDS = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a string"}
+_KINDS = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a finite number",
+    str: "a string",
+    dict: "a mapping",
+    NoneType: "None",
+}
 
 
-def check_kind(name: str, value: object, kind: type, or_none: bool = False) -> None:
-    """Raise ValueError unless `value` is a `kind`: bool, int, float or str, or None where that is allowed.
+def check_kind(name: str, value: object, kind: Any) -> None:
+    """Raise ValueError unless `value` is a `kind`, a type as annotations write it: `int | None`, `list[str]`, ….
 
-    A bool is no number, 8.0 is not whole, a whole number is a float too, and a float must be finite.
+    A bool is no number, 8.0 is not whole, a whole number is a float too, and a number must be finite.
     """
-    if value is None and or_none:
-        return
-    number = {int: numbers.Integral, float: numbers.Real}.get(kind)
-    fits = isinstance(value, number or kind) and (number is None or not isinstance(value, bool))
-    if not fits or (isinstance(value, numbers.Real) and not math.isfinite(value)):
-        raise ValueError(f"{name}={value!r} must be {_KINDS[kind]}{' or None' if or_none else ''}.")
+    if not _fits(value, kind):
+        raise ValueError(f"{name}={value!r} must be {_called(kind)}.")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError, with the nearest choice, unless `value` is one of them."""
+    choices = list(choices)
+    if not any(value == choice and isinstance(value, bool) is isinstance(choice, bool) for choice in choices):
+        near = get_close_matches(str(value), [choice for choice in choices if isinstance(choice, str)], n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        *others, last = map(repr, choices)
+        raise ValueError(f"{name}={value!r} is unknown{hint}; choose {' or '.join([', '.join(others), last])}.")
 
 
 def check_fields(config: Any, names: Iterable[str]) -> None:
     """Check the named fields of a dataclass instance against their types and the `choices` in their metadata.
-
-    A field that is neither a bool, an int, a float nor a str, nor one of them or None, may hold anything.
 
     Raises:
         ValueError: naming the field, its value and what would be right.
     """
     hints, declared = get_type_hints(type(config)), {f.name: f for f in fields(config)}
     for name in names:
-        value, choices = getattr(config, name), declared[name].metadata.get("choices")
-        kinds = get_args(hints[name]) or (hints[name],)
-        kind, *more = [kind for kind in kinds if kind is not NoneType]
-        if kind in _KINDS and not more:
-            check_kind(name, value, kind, or_none=NoneType in kinds)
-        if choices and value is not None and value not in choices:
-            near = get_close_matches(value, choices, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            *others, last = map(repr, choices)
-            raise ValueError(f"{name}={value!r} is unknown{hint}; choose {' or '.join([', '.join(others), last])}.")
+        value, hint = getattr(config, name), hints[name]
+        kinds = get_args(hint) or (hint,)
+        enums = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum)]
+        choices = declared[name].metadata.get("choices") or [member.value for enum in enums for member in enum]
+        if not enums:  # beside which TRL declares any string
+            check_kind(name, value, hint)
+        if choices and not (isinstance(value, tuple(enums)) or (value is None and NoneType in kinds)):
+            check_choice(name, value, choices)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is Literal:
+        return value in inside
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_fits(item, inside[0]) for item in value)
+    if kind in (int, float):
+        if isinstance(value, bool | numbers.Integral):
+            return not isinstance(value, bool)
+        return kind is float and isinstance(value, numbers.Real) and math.isfinite(value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return value in list(kind)
+    return kind is Any or isinstance(value, origin or kind)
+
+
+def _called(kind: Any) -> str:
+    """What values of `kind` are called: `a whole number or None`."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_called, sorted(inside, key=lambda one: one is NoneType)))
+    if origin is list:
+        return "a list" if inside[0] is Any else f"a list of which each is {_called(inside[0])}"
+    if origin is Literal:
+        return " or ".join(map(repr, inside))
+    kind = origin or kind
+    return _KINDS.get(kind) or f"a {kind.__name__}"
 
 
 def document_fields(beyond: type | None = None) -> Callable[[C], C]:

@@ -19,6 +19,10 @@ FINGERPRINT = "fingerprint.json"
 Difference = tuple[str, Any, Any]  # field, was, is
 
 
+class OtherSettings(ValueError):
+    """A result that belongs to something else: a line, a table of what differs, and the remedies."""
+
+
 @dataclass
 class Fingerprint:
     """What a result belongs to.
@@ -76,7 +80,7 @@ def in_a_line(found: Sequence[Difference]) -> str:
 
 
 def refuse(what: str, found: Sequence[Difference], remedies: str) -> None:
-    """Raise ValueError with a table of what differs.
+    """Raise OtherSettings, a ValueError, with a table of what differs.
 
     Args:
         what (`str`): beginning of the sentence, such as "output_dir='runs/a' holds a run".
@@ -87,7 +91,7 @@ def refuse(what: str, found: Sequence[Difference], remedies: str) -> None:
         return
     found = [fact for fact in found if fact[0] == "command"] or found  # of another kind, all the rest differs too
     names = ", ".join(name for name, *_ in found)
-    raise ValueError(f"{what} with other settings ({names} differ).\n{_table(found)}\n{remedies}")
+    raise OtherSettings(f"{what} with other settings ({names} differ).\n{_table(found)}\n{remedies}")
 
 
 def _table(found: Sequence[Difference]) -> str:

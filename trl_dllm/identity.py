@@ -202,7 +202,9 @@ def _on_hub(name: str, revision: str | None) -> tuple[str, dict[str, Any]]:
         path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path is not None:
             return f"{name}@{extract_commit_hash(path, None) or revision}", _json(Path(path))
-    raise OSError(f"{name} is on the Hub, but has neither a config.json nor an adapter_config.json.")
+    raise OSError(
+        f"{name!r} is no folder, and neither the Hub nor its cache has a config.json or an adapter_config.json of it."
+    )
 
 
 def _files(paths: Iterable[Path]) -> str:

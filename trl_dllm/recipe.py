@@ -148,14 +148,36 @@ def _entries(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def _read(path: Path) -> dict:
-    return _parse(path.read_text(), path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
+    return _parse(text, path)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} is twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _parse(text: str, path: Path) -> dict:
     try:
-        settings = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        settings = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        said = [(error.context, error.context_mark), (error.problem, error.problem_mark)]
+        where = [f"{what} in line {mark.line + 1}, column {mark.column + 1}" for what, mark in said if mark]
+        raise ValueError(f"{path} is not YAML: {': '.join(where)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a YAML mapping of settings.")
+    for key in settings:
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: the key {key!r} must be a string; put it in quotes.")
     return settings

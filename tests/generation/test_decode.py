@@ -118,3 +118,15 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_rows(settings, v
     with pytest.raises(LogitsNotFinite, match=r"in 2 row\(s\) of the batch: 0, 3\. Its weights may be") as error:
         sample(model, prompts, **settings)
     assert error.value.rows == [0, 3]
+
+
+def test_a_prompt_and_canvas_beyond_the_models_positions_are_refused(models):
+    """Of each row, not of its padding."""
+    model = models("llada")
+    limit, config = model.config.max_position_embeddings, DiffusionGenerationConfig(8)
+    ids = torch.full((1, limit - 7), 5)
+    with pytest.raises(ValueError, match=f"{limit - 7} prompt tokens and max_new_tokens=8 are beyond"):
+        generate(model, ids, torch.ones_like(ids), config)
+    short = torch.ones_like(ids)
+    short[:, : limit - 20] = 0
+    decode.check_positions(model.config, int(short.sum()), 8, "max_new_tokens")

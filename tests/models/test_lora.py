@@ -6,6 +6,9 @@ from cases import IDS, saved_tensors
 from oracles import sharp_model
 from transformers import AutoModelForCausalLM
 
+from trl_dllm.models import FAMILIES
+from trl_dllm.models.lora import LORA_TARGETS, register_lora_targets
+
 
 def test_lora_saves_loads_and_merges(tmp_path, family):
     """all-linear; the merged model saves under the Hub's key names."""
@@ -31,3 +34,16 @@ def test_lora_saves_loads_and_merges(tmp_path, family):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=IDS).logits, want, atol=2e-3, rtol=1e-4)
+
+
+def test_a_bare_config_adapts_all_linear_projections(family):
+    """In PEFT's own map, which knows the names of stock families and takes q and v alone."""
+    peft = pytest.importorskip("peft")
+    register_lora_targets()
+    register_lora_targets()
+    model = peft.get_peft_model(sharp_model(family, dtype=torch.float32), peft.LoraConfig(r=2))
+    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == set(LORA_TARGETS)
+    targets = peft.utils.constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert targets["llama"] == ["q_proj", "v_proj"], "a stock family is left as it is"
+    assert {config.model_type for config, _ in FAMILIES.values()} <= set(targets)

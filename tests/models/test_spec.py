@@ -3,11 +3,12 @@
 import pytest
 from cases import CACHES, rollout_for_tests, sample_any_order
 from datasets import Dataset
-from transformers import DiffusionGemmaConfig, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import BloomConfig, DiffusionGemmaConfig, Gemma2Config, LlamaConfig, Qwen2Config
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.likelihood import AnyOrder, TrajectoryPseudoLikelihood, token_logps
 from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
+from trl_dllm.models.spec import check_positions
 
 
 def test_spec_of_the_families():
@@ -127,3 +128,11 @@ def test_shifted_families_are_refused_with_the_reason(models, tmp_path):
                 train_dataset=data,
                 processing_class=tokenizer,
             )
+
+
+def test_prompt_and_canvas_fit_the_models_positions():
+    config = LlamaConfig(max_position_embeddings=32)
+    check_positions(config, 24, 8, "canvas_length")
+    with pytest.raises(ValueError, match=r"^row 3: 25 prompt tokens and canvas_length=8 are beyond .*embeddings=32\."):
+        check_positions(config, 25, 8, "canvas_length", "row 3: ")
+    check_positions(BloomConfig(), 10**6, 8, "canvas_length")  # whose positions have no end

@@ -5,7 +5,7 @@ import yaml
 
 from trl_dllm.recipe import base_of, load_recipe, recipe_paths, render_recipe
 from trl_dllm.scripts import grpo, sft
-from trl_dllm.scripts.common import resolve_rewards
+from trl_dllm.scripts.rewards import resolve_rewards
 
 
 SCRIPTS = {"sft": sft, "grpo": grpo}

@@ -8,7 +8,7 @@ from helpers_scripts import GRPO, write_recipe
 
 from trl_dllm.recipe import load_recipe, recipe_paths
 from trl_dllm.scripts import grpo, sft
-from trl_dllm.scripts.common import last_checkpoint, resolve_rewards
+from trl_dllm.scripts.common import last_checkpoint
 
 
 CPU = ["--use_cpu", "true", "--bf16", "false"]
@@ -79,15 +79,3 @@ def test_an_interrupted_run_resumes_from_its_last_checkpoint(tmp_path, tiny_chec
         for key in ("reward", "loss")
     )
     assert rewards[0] == rewards[1] and losses[0] == losses[1] and len(losses[0]) == 3
-
-
-def test_rewards_by_name_by_path_and_by_default():
-    from trl.rewards import think_format_reward
-
-    from trl_dllm.tasks.sudoku import sudoku_cells_reward, sudoku_solved_reward
-
-    assert resolve_rewards("sudoku", None, None) == [sudoku_cells_reward]
-    names = ["solved", "think_format_reward", "trl_dllm.tasks.sudoku.sudoku_cells_reward"]
-    assert resolve_rewards("sudoku", names, None) == [sudoku_solved_reward, think_format_reward, sudoku_cells_reward]
-    with pytest.raises(ValueError, match="'sovled' is neither a reward of task 'sudoku'"):
-        resolve_rewards("sudoku", ["sovled"], None)

@@ -61,7 +61,7 @@ def test_report_draws_as_the_model_was_trained_at_its_own_temperature(model, tmp
 
 def test_report_refuses_guidance_that_was_saved_too(model):
     save_decoding({"max_new_tokens": 6, "cfg_scale": 1.5}, model)
-    with pytest.raises(SystemExit, match=r"cfg_scale=1\.5: the estimators do not follow guidance"):
+    with pytest.raises(ValueError, match=r"cfg_scale=1\.5: the estimators do not follow guidance"):
         report.main(report.make_parser().parse_args(["--model_name_or_path", model, "--task", "sudoku"]))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from trl_dllm import cli
 from trl_dllm.recipe import recipe_paths, render_recipe
 from trl_dllm.scripts import recipe
 
@@ -35,4 +36,4 @@ def test_what_cannot_be_printed_is_one_line(text, message, tmp_path):
         path.parent.mkdir()
         path.write_text(text)
     with pytest.raises(SystemExit, match=f"^trl-dllm recipe: .*{message}"):
-        run("sft/sudoku" if text is None else str(path))
+        cli.main(["recipe", "sft/sudoku" if text is None else str(path)])

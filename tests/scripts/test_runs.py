@@ -353,7 +353,8 @@ def test_two_processes_agree_on_whose_run_it_is(tmp_path, model, folder):
     assert f"{folder} is already trained: 1 of 1 steps." in again.stdout and again.returncode == 0
     refused = launched(2, learning_rate=5e-4)
     assert refused.returncode != 0
-    assert refused.stderr.count(f"ValueError: {folder} holds a run with other settings (learning_rate differ)") >= 1
+    line = f"trl-dllm grpo: {folder} holds a run with other settings (learning_rate differ)"
+    assert refused.stderr.count(line) == 1, "said by one process for both"
 
 
 def test_no_secret_is_written(run, folder):

@@ -73,6 +73,19 @@ def test_a_prompt_of_bos_alone_and_a_reward_model(tmp_path, reward_model, cache,
     assert max(losses(trainer, "sampling/mismatch_max")) < 1e-4
 
 
+def test_an_infinite_reward_of_a_model_ends_the_run(tmp_path, reward_model):
+    """Functions are checked when they return; a model is TRL's to call."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(reward_model, num_labels=1)
+
+    def spoil(module, inputs, logits):
+        logits[0] = torch.inf
+
+    classifier.classifier.register_forward_hook(spoil)
+    trainer = build(tmp_path, reward_funcs=classifier, scale_rewards="none")
+    with pytest.raises(FloatingPointError, match=r"advantages.*A reward model returned infinity"):
+        trainer.train()
+
+
 def test_the_reward_is_the_classifiers_logit_of_the_text(tmp_path, reward_model):
     """The mean reward logged in a step is the classifier's own on the completions that were drawn."""
     model, tokenizer = tiny(num_layers=2)

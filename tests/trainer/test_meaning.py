@@ -95,7 +95,7 @@ def test_another_meaning_is_seen(tmp_path, change, expected):
         {"steps_per_generation": 1},
         {"model_init_kwargs": {"dtype": "bfloat16", "device_map": "auto", "token": "secret"}},
         {"gradient_checkpointing": False, "report_to": "none", "hub_token": "secret", "run_name": "another"},
-        {"resume_from_checkpoint": "somewhere"},
+        {"resume_from_checkpoint": "."},
     ],
     ids=str,
 )
@@ -120,7 +120,7 @@ def test_models_scripts_and_facts_belong_to_it(tmp_path):
         args, ModelConfig("elsewhere", dtype="bfloat16", use_peft=True, lora_r=8), weights="a", rows="x"
     )
     assert differ(was, lora, args) == {"use_peft", "lora_r"}
-    script = TaskArguments(task="sudoku", data_dir="elsewhere", num_eval_examples=3)
+    script = TaskArguments(task="sudoku", data_dir=str(tmp_path), num_eval_examples=3)
     assert differ(was, fingerprint(args, script=script, weights="b", rows="y"), args) == {"task", "weights", "rows"}
 
 

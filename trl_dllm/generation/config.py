@@ -185,7 +185,7 @@ class DiffusionGenerationConfig(DecodingArguments):
         """
         assert self.block_length is not None and self.diffusion_steps is not None  # filled in by __post_init__
         check_kind("max_new_tokens", canvas_length, int)
-        check_kind("block_length", block_length, int, or_none=True)
+        check_kind("block_length", block_length, int | None)
         if block_length is None and canvas_length % self.block_length == 0:
             block_length = self.block_length
         block_length, _ = resolve_schedule(canvas_length, block_length, None, None)

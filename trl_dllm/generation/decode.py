@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..models import MaskedDiffusionSpec
-from ..models.spec import check_full_attention, check_unshifted
+from ..models import MaskedDiffusionSpec, unwrap
+from ..models.spec import check_full_attention, check_positions, check_unshifted
 from ..noise import Purpose, hash64
 from ..rollout import Rollout
 from .any_order import AnyOrderDecoding, CachedAnyOrderDecoding
@@ -61,14 +61,16 @@ def generate(
         threshold.
 
     Raises:
-        ValueError: a model that is no masked diffusion model or a block-causal one, or an empty prompt for a
-            shifted family.
+        ValueError: a model that is no masked diffusion model or a block-causal one, an empty prompt for a shifted
+            family, or a prompt and canvas beyond the model's positions.
         LogitsNotFinite: NaN or infinite logits, found in the log-probs of what was drawn, once for the whole batch.
     """
     spec = spec or MaskedDiffusionSpec.from_model(model)
     check_full_attention(f"decoding={config.decoding!r}", spec.block_size)
     prompt_mask = prompt_mask.bool()
     rows = prompt_ids.shape[0]
+    longest = int(prompt_mask.sum(dim=1).max()) if rows else 0
+    check_positions(unwrap(model).config, longest, config.max_new_tokens, "max_new_tokens")
     decoder = Denoising
     if config.decoding == "any_order":
         check_unshifted("any-order decoding", spec.logits_shift)

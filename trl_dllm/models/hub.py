@@ -75,7 +75,12 @@ class HubKeys(_Model):
 
     hub_conversion: ClassVar[Conversion] = []
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, **unknown: Any) -> None:
+        if unknown:
+            raise ValueError(
+                f"{', '.join(f'{name}={value!r}' for name, value in unknown.items())} (model_init_kwargs in a recipe) "
+                f"is no argument of from_pretrained and no setting of {type(config).__name__}."
+            )
         super().__init__(config)
         if self.hub_conversion:
             self.register_load_state_dict_pre_hook(_own_names)

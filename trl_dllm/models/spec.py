@@ -114,6 +114,24 @@ def check_unshifted(name: str, logits_shift: int) -> None:
         )
 
 
+def check_positions(config, prompt: int, canvas: int, canvas_name: str, where: str = "") -> None:
+    """Raise ValueError where `prompt` and `canvas` tokens are more than the positions that a model was made for.
+
+    Args:
+        config: of the model; one without `max_position_embeddings` takes any length.
+        prompt (`int`): tokens of the prompt.
+        canvas (`int`): tokens of the canvas.
+        canvas_name (`str`): the setting that says so.
+        where (`str`): which prompt, for the message.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and prompt + canvas > limit:
+        raise ValueError(
+            f"{where}{prompt} prompt tokens and {canvas_name}={canvas} are beyond the model's "
+            f"max_position_embeddings={limit}. Shorten the prompt or lower {canvas_name}."
+        )
+
+
 def check_full_attention(name: str, block_size: int | None) -> None:
     """Raise ValueError for block-causal models."""
     if block_size is not None:

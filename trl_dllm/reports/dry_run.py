@@ -12,6 +12,7 @@ from ..models import DreamConfig, LLaDAConfig, TrainingFlops, backbone_parameter
 from ..models.hub import HubConfig
 from ..models.illada import ILLaDAConfig
 from ..models.llada_moe import LLaDAMoEConfig
+from ..models.lora import register_lora_targets
 from ..rollout import Rollout
 
 
@@ -153,6 +154,7 @@ def _without_weights(config, args=None, model_args=None) -> nn.Module:
     from peft import get_peft_model
     from trl import get_peft_config
 
+    register_lora_targets()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         adapter = get_peft_config(model_args) if model_args else None

@@ -1,24 +1,23 @@
 """What the scripts share: reading a recipe, and finding the data and the rewards that it names."""
 
-import importlib
-import json
 import os
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from argparse import ArgumentTypeError
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import ScriptArguments, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser
 
+from trl_dllm.fields import check_choice, check_fields, check_kind
 from trl_dllm.processes import say
 from trl_dllm.recipe import find_recipe, load_recipe
+from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
 from trl_dllm.tasks import get_task
 from trl_dllm.trainer.meaning import nothing_left
 
-
-Reward = str | Callable[..., list[float]]  # the name of a reward model, or a function
 
 # Keys of older recipes that TRL or transformers have renamed or removed, and what to do about them.
 _MIGRATION = {
@@ -35,6 +34,10 @@ _MIGRATION = {
     "num_processes": "it belongs to accelerate: pass --num_processes or an accelerate config",
 }
 
+# Fields of `TaskArguments` that only data of the Hub have, or only tasks.
+_OF_DATASETS = ("dataset_name", "dataset_config", "dataset_streaming", "dataset_train_split", "dataset_test_split")
+_OF_TASKS = ("task_kwargs", "num_train_examples", "num_eval_examples", "data_dir", "puzzle_seed")
+
 
 class RecipeParser(TrlParser):
     """
@@ -49,6 +52,8 @@ class RecipeParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *flags: Any, **kwargs: Any) -> tuple[Any, ...]:
         args = list(sys.argv[1:] if args is None else args)
+        args = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+        settings: dict[str, Any] = {}
         if "--config" in args:
             i = args.index("--config")
             if i + 1 == len(args):
@@ -57,10 +62,24 @@ class RecipeParser(TrlParser):
             env = settings.pop("env", {})
             if not isinstance(env, dict):
                 raise ValueError(f"env={env!r} in the recipe must be a mapping of environment variables.")
-            os.environ.update({key: str(value) for key, value in env.items()})
+            try:
+                os.environ.update({str(key): str(value) for key, value in env.items()})
+            except ValueError as error:
+                raise ValueError(f"env={env!r} in the recipe: {error}.") from error
             self.set_defaults_with_config(**settings)
             del args[i : i + 2]
+        given = {key for key, value in settings.items() if value is not None}
+        given |= {word.removeprefix("--").split("=")[0].replace("-", "_") for word in args if word.startswith("--")}
+        adapter = sorted(key for key in given if key.startswith("lora_") or key in ("use_dora", "use_rslora"))
+        if adapter and "use_peft" not in given:
+            raise ValueError(
+                f"{', '.join(adapter)} without use_peft: say use_peft: true to train an adapter, or use_peft: false "
+                "to train the whole model all the same."
+            )
         return super().parse_args_and_config(args, *flags, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)  # where argparse would print every flag and exit
 
     def known(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest != "help"]
@@ -74,7 +93,10 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**kwargs)
 
     def parse_args_into_dataclasses(self, args=None, return_remaining_strings=False, **kwargs):
-        *parsed, remaining = super().parse_args_into_dataclasses(args=args, return_remaining_strings=True, **kwargs)
+        try:
+            *parsed, remaining = super().parse_args_into_dataclasses(args, return_remaining_strings=True, **kwargs)
+        except TypeError as error:  # of a value that a config is made with, such as accelerator_config's keys
+            raise ValueError(str(error)) from error
         unknown = [word.removeprefix("--").split("=")[0] for word in remaining if word.startswith("--")]
         if not return_remaining_strings and remaining:
             hints = "; ".join(self._hint(key) for key in unknown) or f"stray words {remaining}"
@@ -134,9 +156,66 @@ class TaskArguments(ScriptArguments):
 
     def __post_init__(self):
         if isinstance(self.task_kwargs, str):
-            self.task_kwargs = json.loads(self.task_kwargs)
+            try:
+                self.task_kwargs = json_mapping(self.task_kwargs)
+            except ArgumentTypeError as error:
+                raise ValueError(f"task_kwargs={error}.") from error
+        check_fields(self, [f.name for f in fields(self)])
+        for name in ("num_train_examples", "num_eval_examples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        check_data_dir(self.data_dir)
+        self._refuse_ignored()
         if self.task is not None:
-            get_task(self.task)  # an unknown name is an error now, not after the model has loaded
+            check_task_kwargs(get_task(self.task), cast("dict[str, Any]", self.task_kwargs or {}))
+
+    def _refuse_ignored(self) -> None:
+        """Raise ValueError for a field of the Hub's data beside a task, or of a task beside the Hub's data."""
+        if self.task is not None:
+            ignored, why = _OF_DATASETS, f"task={self.task!r} brings its own data"
+        elif self.dataset_name is not None:
+            rows = "dataset_train_split: 'train[:100]' takes some of its rows"
+            ignored, why = _OF_TASKS, f"dataset_name={self.dataset_name!r} is no task ({rows})"
+        else:
+            return
+        for f in fields(self):
+            if f.name in ignored and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name}={getattr(self, f.name)!r} would be ignored: {why}. Leave out one of both.")
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's arguments of the model and its adapter, checked."""
+
+    def __post_init__(self):
+        check_kind("lora_target_modules", self.lora_target_modules, list[str] | str | None)
+        check_fields(self, [f.name for f in fields(self) if f.name != "lora_target_modules"])
+        for name, fits, right in (
+            ("lora_r", self.lora_r >= 1, "at least 1"),
+            ("lora_alpha", self.lora_alpha >= 1, "at least 1"),
+            ("lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {right}.")
+        if self.use_peft:
+            from peft import TaskType
+
+            check_choice("lora_task_type", self.lora_task_type, [kind.value for kind in TaskType])
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and not self.use_peft:
+                raise ValueError(
+                    f"{name}=True without use_peft: quantised weights cannot be trained. Say use_peft: true, or "
+                    f"{name}: false."
+                )
+        super().__post_init__()
+
+
+def check_named(script_args: TaskArguments, model_args: ModelArguments) -> None:
+    """Raise ValueError where no model or no data are named."""
+    if model_args.model_name_or_path is None:
+        raise ValueError("model_name_or_path is missing: name a model's folder, or one of the Hub.")
+    if script_args.task is None and script_args.dataset_name is None:
+        raise ValueError("Nothing to train on: set task (e.g. sudoku) or dataset_name.")
 
 
 def load_split(args: TaskArguments, split: str, num_examples: int, seed: int):
@@ -145,37 +224,10 @@ def load_split(args: TaskArguments, split: str, num_examples: int, seed: int):
         seed = args.puzzle_seed if args.puzzle_seed is not None else seed
         kwargs = cast("dict[str, Any]", args.task_kwargs or {})  # a mapping since __post_init__
         return get_task(args.task).load(split, num_examples, seed=seed, data_dir=args.data_dir, **kwargs)
-    if args.dataset_name is None:
-        raise ValueError("Nothing to train on: set `task` (e.g. sudoku) or `dataset_name`.")
     from datasets import load_dataset
 
     name = args.dataset_train_split if split == "train" else args.dataset_test_split
     return load_dataset(args.dataset_name, args.dataset_config, split=name, streaming=args.dataset_streaming)
-
-
-def resolve_rewards(task: str | None, names: list[str] | None, reward_model: str | None) -> list[Reward]:
-    """Reward functions by name: the task's, TRL's, or a dotted import path; the task's default if none is named."""
-    rewards: list[Reward] = [reward_model] if reward_model else []
-    own = get_task(task).rewards if task else {}
-    if not names and not rewards:
-        return [next(iter(own.values()))] if own else []
-    for name in names or []:
-        if name in own:
-            rewards.append(own[name])
-        elif "." in name:
-            module, _, attribute = name.rpartition(".")
-            sys.path.insert(0, os.getcwd())
-            rewards.append(getattr(importlib.import_module(module), attribute))
-        else:
-            import trl.rewards
-
-            if not hasattr(trl.rewards, name):
-                raise ValueError(
-                    f"reward_funcs: {name!r} is neither a reward of task {task!r} ({', '.join(own) or 'none'}), nor "
-                    "one of trl.rewards, nor a dotted import path."
-                )
-            rewards.append(getattr(trl.rewards, name))
-    return rewards
 
 
 def last_checkpoint(training_args) -> str | None:

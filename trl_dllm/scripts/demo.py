@@ -11,12 +11,14 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, TrainerCallback
 
+from trl_dllm.command import Parser, run_script
 from trl_dllm.evaluation import complete
 from trl_dllm.generation import DiffusionGenerationConfig
 from trl_dllm.noise import Purpose, hash64
@@ -52,7 +54,7 @@ class StopAtSolveRate(TrainerCallback):
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="Seed of weights, data and draws.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="Folder to write to.")
     return parser
@@ -113,4 +115,4 @@ def _headline(text: str) -> None:
 if __name__ == "__main__":
     # One thread: the model is so small that a second one mostly waits, and waits badly on a busy machine.
     torch.set_num_threads(int(os.environ.get("DEMO_THREADS", "1")))
-    main(make_parser().parse_args())
+    run_script("the demonstration", make_parser, main, sys.argv[1:])

@@ -8,16 +8,19 @@
 """
 
 import argparse
-import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
+from trl_dllm.command import Parser, count, run_script
 from trl_dllm.evaluation import GENERATIONS, evaluate, evaluation_fingerprint, open_evaluation, rescore
+from trl_dllm.fields import check_choice
 from trl_dllm.generation import DecodingArguments
 from trl_dllm.identity import model_identity
 from trl_dllm.processes import on_main_process, say
 from trl_dllm.reports.dry_run import dry_run_decoding
 from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
+from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
 from trl_dllm.tasks import TASKS, get_task
 
 
@@ -25,7 +28,7 @@ D1_LENGTHS = (128, 256, 512)
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -33,15 +36,15 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--task", required=True, choices=sorted(TASKS), help="What to evaluate on.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
-    parser.add_argument("--num_examples", type=int, help="Examples to evaluate; default: all, 256 of generated tasks.")
-    parser.add_argument("--task_kwargs", type=json.loads, default={}, help="Further arguments of the task, as JSON.")
+    parser.add_argument("--num_examples", type=count, help="Examples; default: all, 256 of generated tasks.")
+    parser.add_argument("--task_kwargs", type=json_mapping, default={}, help="Further arguments of the task, as JSON.")
     parser.add_argument("--data_dir", help="Local folder with the task's data.")
     parser.add_argument("--output_dir", required=True, help="Where generations and summary are written.")
-    parser.add_argument("--num_samples", type=int, default=1, help="Completions a row, for pass@k.")
+    parser.add_argument("--num_samples", type=count, default=1, help="Completions a row, for pass@k.")
     parser.add_argument("--parser", default="default", help="Which of the task's parsers scores: default or d1.")
     parser.add_argument("--prefill", default="", help="Beginning of each answer, such as '<reasoning>'.")
     parser.add_argument("--protocol", choices=["free", "d1"], default="free", help="d1's settings, or the flags'.")
-    parser.add_argument("--lengths", type=int, nargs="+", help="Canvas lengths of the d1 protocol.")
+    parser.add_argument("--lengths", type=count, nargs="+", help="Canvas lengths of the d1 protocol.")
     parser.add_argument(
         "--from_generations", help="JSON lines of question, generations, ground_truth to score instead."
     )
@@ -50,6 +53,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> dict:
     task, folder = get_task(args.task), Path(args.output_dir)
+    check_choice("parser", args.parser, task.parsers)
+    check_task_kwargs(task, args.task_kwargs)
+    check_data_dir(args.data_dir)
     if args.from_generations:
         summary = rescore(task, args.from_generations, folder, args.parser)
         _print(task.name, summary, folder)
@@ -111,4 +117,4 @@ def _print(name: str, summary: dict, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    run_script("trl-dllm eval", make_parser, main, sys.argv[1:])

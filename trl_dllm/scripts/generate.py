@@ -4,10 +4,12 @@ trl-dllm generate --model_name_or_path runs/demo/grpo --max_new_tokens 16 --prom
 """
 
 import argparse
+import sys
 from dataclasses import fields
 
 from transformers.hf_argparser import DataClassType, HfArgumentParser
 
+from trl_dllm.command import Parser, count, run_script
 from trl_dllm.generation import DecodingArguments, DiffusionGenerationConfig, saved_decoding_config
 from trl_dllm.processes import say
 from trl_dllm.reports.dry_run import dry_run_decoding
@@ -29,10 +31,11 @@ def generation_parser(model_required: bool = True) -> argparse.ArgumentParser:
     parser.set_defaults(temperature=0.0)
     parser.add_argument("--model_name_or_path", required=model_required, help="Folder or Hub name of the model.")
     parser.add_argument("--adapter", help="Folder or Hub name of a PEFT adapter to load onto it.")
-    parser.add_argument("--dtype", default="auto", help="Weights' dtype: auto, float32, bfloat16 or float16.")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="Weights' dtype.")
     parser.add_argument("--attn_implementation", help="eager, sdpa, flex_attention, …")
     parser.add_argument("--dry_run", action="store_true", help="Load no weights: print what decoding would cost.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Rows decoded at a time.")
+    parser.add_argument("--batch_size", type=count, default=32, help="Rows decoded at a time.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (and of generated data).")
     return parser
 
@@ -55,8 +58,11 @@ def load_model(args: argparse.Namespace):
     from trl_dllm.models import MaskedDiffusionSpec
 
     name = args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    spec = MaskedDiffusionSpec.from_config(AutoConfig.from_pretrained(name), tokenizer)
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(name, padding_side="left"), AutoConfig.from_pretrained(name)
+    except OSError as error:  # which without a network does not say what it was looking for
+        raise OSError(f"model_name_or_path={name!r} cannot be read: {error}") from error
+    spec = MaskedDiffusionSpec.from_config(config, tokenizer)
     kwargs = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     base = AutoModelForCausalLM.from_pretrained(name, dtype=args.dtype, **kwargs)
     spec.write_to(base)
@@ -69,7 +75,7 @@ def load_model(args: argparse.Namespace):
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
     parser.add_argument("--prompt", action="append", required=True, help="A prompt; may be given several times.")
     parser.add_argument("--chat", action="store_true", help="Wrap each prompt in the tokenizer's chat template.")
     return parser
@@ -95,4 +101,4 @@ def main(args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    run_script("trl-dllm generate", make_parser, main, sys.argv[1:])

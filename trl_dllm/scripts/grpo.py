@@ -4,19 +4,21 @@ trl-dllm grpo --config tiny_llada/grpo/sudoku
 accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/scripts/grpo.py --config …
 """
 
+import sys
 from dataclasses import dataclass, field
 
-from trl import ModelConfig
-
+from trl_dllm.command import run_script
 from trl_dllm.reports.dry_run import dry_run
 from trl_dllm.scripts.common import (
+    ModelArguments,
     RecipeParser,
     TaskArguments,
+    check_named,
     load_split,
     model_init_kwargs,
-    resolve_rewards,
     train_and_save,
 )
+from trl_dllm.scripts.rewards import resolve_rewards
 from trl_dllm.scripts.runs import begin_run
 from trl_dllm.trainer.grpo_config import DiffusionGRPOConfig
 
@@ -41,17 +43,18 @@ class DiffusionGRPOScriptArguments(TaskArguments):
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    return RecipeParser((DiffusionGRPOScriptArguments, DiffusionGRPOConfig, ModelConfig), prog=prog)
+    return RecipeParser((DiffusionGRPOScriptArguments, DiffusionGRPOConfig, ModelArguments), prog=prog)
 
 
-def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPOConfig, model_args: ModelConfig):
+def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPOConfig, model_args: ModelArguments):
+    check_named(script_args, model_args)
+    rewards = resolve_rewards(script_args.task, script_args.reward_funcs, script_args.reward_model_name_or_path)
     if script_args.dry_run:
         return dry_run("grpo", training_args, model_args)
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionGRPOTrainer
 
-    rewards = resolve_rewards(script_args.task, script_args.reward_funcs, script_args.reward_model_name_or_path)
     train = load_split(script_args, "train", script_args.num_train_examples, training_args.seed)
     fingerprint = begin_run("grpo", script_args, training_args, model_args, train, rewards)
     if fingerprint is None:
@@ -75,4 +78,4 @@ def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPO
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_script("trl-dllm grpo", make_parser, main, sys.argv[1:])

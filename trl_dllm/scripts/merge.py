@@ -4,11 +4,14 @@ trl-dllm merge runs/llada_8b/grpo runs/llada_8b/merged --dtype bfloat16
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+from trl_dllm.command import Parser, run_script
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="Folder or Hub name of the adapter.")
     parser.add_argument("output_dir", help="Folder to write to.")
     parser.add_argument(
@@ -68,4 +71,4 @@ def _has_tokenizer(name: str) -> bool:
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    run_script("trl-dllm merge", make_parser, main, sys.argv[1:])

@@ -5,15 +5,17 @@ trl-dllm recipe llada_8b/grpo/gsm8k_step_merge > mine.yaml
 """
 
 import argparse
+import sys
 
 from rich.console import Console
 from rich.table import Table
 
+from trl_dllm.command import Parser, run_script
 from trl_dllm.recipe import find_recipe, render_recipe
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0])
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument("name", nargs="?", help="A recipe's name or file. Without it all recipes are listed.")
     parser.add_argument("--markdown", action="store_true", help="List them as the page docs/recipes.md.")
     return parser
@@ -21,11 +23,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if args.name is not None:
-        try:
-            print(render_recipe(find_recipe(args.name)), end="")
-        except (ValueError, FileNotFoundError) as error:
-            raise SystemExit(f"trl-dllm recipe: {error}") from error
-        return
+        return print(render_recipe(find_recipe(args.name)), end="")
     from trl_dllm.reports.recipes import markdown, recipe_tables
 
     if args.markdown:
@@ -44,4 +42,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    run_script("trl-dllm recipe", make_parser, main, sys.argv[1:])

@@ -4,23 +4,25 @@ trl-dllm report --model_name_or_path runs/demo/grpo --task sudoku --num_examples
 """
 
 import argparse
-import json
+import sys
 from dataclasses import asdict
 
+from trl_dllm.command import Parser, count, run_script
 from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
+from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
 from trl_dllm.tasks import TASKS, get_task
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
     parser.add_argument("--task", required=True, choices=sorted(TASKS), help="Whose prompts are completed.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
-    parser.add_argument("--num_examples", type=int, default=64, help="Prompts, one completion each.")
+    parser.add_argument("--num_examples", type=count, default=64, help="Prompts, one completion each.")
     parser.add_argument(
-        "--task_kwargs", type=json.loads, default={}, help="Further arguments of the task's load, as JSON."
+        "--task_kwargs", type=json_mapping, default={}, help="Further arguments of the task's load, as JSON."
     )
     parser.add_argument("--data_dir", help="Local folder with the task's data.")
-    parser.add_argument("--block_size", type=int, default=4, help="Positions masked at once by PKL-U.")
+    parser.add_argument("--block_size", type=count, default=4, help="Positions masked at once by PKL-U.")
     parser.add_argument(
         "--loss_tokens",
         default="eos",
@@ -51,8 +53,10 @@ def main(args: argparse.Namespace) -> list:
 
     config = generation_config(args)
     if config.cfg_scale:
-        raise SystemExit(f"cfg_scale={config.cfg_scale}: the estimators do not follow guidance; leave it at 0.")
+        raise ValueError(f"cfg_scale={config.cfg_scale}: the estimators do not follow guidance; leave it at 0.")
     task = get_task(args.task)
+    check_task_kwargs(task, args.task_kwargs)
+    check_data_dir(args.data_dir)
     dataset = task.load(args.split, args.num_examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs)
     model, tokenizer = load_model(args)
     ids, mask = tokenize_prompts(tokenizer, list(dataset["prompt"]))
@@ -89,4 +93,4 @@ def main(args: argparse.Namespace) -> list:
 
 
 if __name__ == "__main__":
-    main(make_parser().parse_args())
+    run_script("trl-dllm report", make_parser, main, sys.argv[1:])

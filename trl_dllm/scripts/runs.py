@@ -9,7 +9,8 @@ from trl import ModelConfig
 from trl_dllm.fingerprint import FINGERPRINT, Fingerprint, refuse
 from trl_dllm.identity import dataset_hash, model_identity
 from trl_dllm.processes import on_main_process, say
-from trl_dllm.scripts.common import Reward, TaskArguments, last_checkpoint
+from trl_dllm.scripts.common import TaskArguments, last_checkpoint
+from trl_dllm.scripts.rewards import Reward
 from trl_dllm.trainer.meaning import meaning_differences, run_fingerprint, same_end, schedule_line
 from trl_dllm.trainer.records import is_complete, model_files
 
@@ -33,14 +34,15 @@ def begin_run(
         rewards (`list`, *optional*): the resolved reward functions and models.
 
     Raises:
+        OSError: a model that cannot be read.
         ValueError: on every process, an output_dir or a checkpoint of another run, with a table of what differs.
     """
     name = model_args.model_name_or_path
-    if name is None:
-        raise ValueError("model_name_or_path is missing: name a folder or a repository of the Hub.")
+    assert name is not None  # `check_named` has seen to it
 
     def begin() -> Fingerprint | None:
-        facts: dict[str, Any] = {**model_identity(name, model_args.model_revision), "rows": dataset_hash(dataset)}
+        weights = _read_identity("model_name_or_path", name, model_args.model_revision)
+        facts: dict[str, Any] = {**weights, "rows": dataset_hash(dataset)}
         if rewards is not None:
             facts["reward_funcs"] = [_reward_name(reward) for reward in rewards]
         fingerprint = run_fingerprint(command, args, [script_args, model_args], facts)
@@ -55,7 +57,16 @@ def begin_run(
 
 def _reward_name(reward: Reward) -> Any:
     """A reward function by its name, a reward model by its content."""
-    return model_identity(reward) if isinstance(reward, str) else f"{reward.__module__}.{reward.__qualname__}"
+    if isinstance(reward, str):
+        return _read_identity("reward_model_name_or_path", reward)
+    return f"{reward.__module__}.{reward.__qualname__}"
+
+
+def _read_identity(field: str, name: str, revision: str | None = None) -> dict[str, Any]:
+    try:
+        return model_identity(name, revision)
+    except OSError as error:
+        raise OSError(f"{field}={name!r} cannot be read: {error}") from error
 
 
 def _is_finished(args, fingerprint: Fingerprint, configs: list) -> bool:

@@ -4,10 +4,19 @@ trl-dllm sft --config tiny_llada/sft/sudoku
 accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/scripts/sft.py --config …
 """
 
-from trl import ModelConfig
+import sys
 
+from trl_dllm.command import run_script
 from trl_dllm.reports.dry_run import dry_run
-from trl_dllm.scripts.common import RecipeParser, TaskArguments, load_split, model_init_kwargs, train_and_save
+from trl_dllm.scripts.common import (
+    ModelArguments,
+    RecipeParser,
+    TaskArguments,
+    check_named,
+    load_split,
+    model_init_kwargs,
+    train_and_save,
+)
 from trl_dllm.scripts.runs import begin_run
 from trl_dllm.trainer.sft_config import DiffusionSFTConfig
 
@@ -16,15 +25,16 @@ _COLUMNS = ("prompt", "completion", "messages", "text")
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:
-    return RecipeParser((TaskArguments, DiffusionSFTConfig, ModelConfig), prog=prog)
+    return RecipeParser((TaskArguments, DiffusionSFTConfig, ModelArguments), prog=prog)
 
 
 def main(
     script_args: TaskArguments,
     training_args: DiffusionSFTConfig,
-    model_args: ModelConfig,
+    model_args: ModelArguments,
     callbacks: list | None = None,
 ):
+    check_named(script_args, model_args)
     if script_args.dry_run:
         return dry_run("sft", training_args, model_args)
     from trl import get_peft_config, get_quantization_config
@@ -60,4 +70,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*make_parser().parse_args_and_config())
+    run_script("trl-dllm sft", make_parser, main, sys.argv[1:])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..models.adapters import resume_adapters
 from .checkpoint import find_checkpoint, load_process_states, make_way, save_process_state
+from .data import check_steps
 from .finite import check_gradient
 from .records import RecordingTrainer
 from .stock import Interface
@@ -55,7 +56,9 @@ class DiffusionTrainer(RecordingTrainer):
                 "to start from the beginning."
             )
         (checkpoint,) = broadcast_object_list([checkpoint])  # a shared folder may look different from another node
-        return super().train(checkpoint, *args, **kwargs)
+        output = super().train(checkpoint, *args, **kwargs)
+        check_steps(self.state.global_step)
+        return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

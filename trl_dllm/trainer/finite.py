@@ -52,7 +52,7 @@ def check_loss(
         blamed = gather_object(names)
         remedy = f"All that it is made of is finite, so a product or an exponential overflowed. {_REMEDY}"
     elif any("advantages" in row for row in blamed):
-        remedy = "A reward function returned infinity; let it return a number, or None where it does not apply."
+        remedy = "A reward model returned infinity: check what it makes of these rows."
     raise FloatingPointError(f"{_moment(trainer)}: the loss is not finite, in {_listed(blamed)}. {remedy}")
 
 

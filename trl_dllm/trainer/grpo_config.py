@@ -4,15 +4,17 @@ import inspect
 import warnings
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_type_hints
 
 from trl import GRPOConfig
 
-from ..fields import check_fields, check_kind, document_fields
+from ..fields import check_kind, document_fields
 from ..generation import DecodingArguments, DiffusionGenerationConfig, decoding_of
 from ..likelihood import ESTIMATORS, Estimator
 from ..models import PaperFlops, paper_flops
 from ..rollout import Rollout
+from .loss import LOSSES
+from .settings import check_settings, name_checkpointing
 from .stock import Refused, refuse, take_over
 
 
@@ -31,6 +33,17 @@ _REFUSED: Refused = {
     ),
     "router_aux_loss_coef": ((None, 0.0), "the scorer does not return a load-balancing loss; leave it at 0"),
     "cfg_scale": ((0.0,), "the scorer does not follow guidance; use it for generation and evaluation only"),
+}
+
+# Fields that `refuse` and `check_decoding` check.
+_ELSEWHERE = (*_REFUSED, *(f.name for f in fields(DecodingArguments)))
+
+# What TRL declares as any string, and compares with these while it trains.
+_CHOICES = {
+    "loss_type": LOSSES,
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none", True, False),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }
 
 
@@ -141,7 +154,17 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]  # noqa: RUF012  declared as TRL does
 
     def __post_init__(self):
-        super().__post_init__()
+        check_settings(self, _ELSEWHERE, _CHOICES)
+        name_checkpointing(self)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "divisible" not in str(error):
+                raise
+            names = ("train_batch_size", "eval_batch_size")
+            sizes = [f"per_device_{name}={getattr(self, f'per_device_{name}')}" for name in names]
+            sizes += [f"{name}={getattr(self, name)}" for name in ("gradient_accumulation_steps", "num_generations")]
+            raise ValueError(f"{error} The batches are made of {', '.join(sizes)} and the processes.") from error
         self.validate()
 
     def validate(self) -> None:
@@ -152,8 +175,6 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         """
         self._take_generation_kwargs()
         refuse(self, _REFUSED, "a diffusion model")
-        elsewhere = {f.name for base in (GRPOConfig, DecodingArguments) for f in fields(base)}
-        check_fields(self, [f.name for f in fields(self) if f.name not in elsewhere])
         if not 0 <= self.p_mask_prompt < 1:
             raise ValueError(f"p_mask_prompt={self.p_mask_prompt} must be in [0, 1); the papers use 0.15.")
         if self.score_temperature is not None and self.score_temperature <= 0:
@@ -164,6 +185,11 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             raise ValueError(f"sampler_batch_size={self.sampler_batch_size} must be at least 1, or None for all rows.")
         self.check_decoding(self.canvas_length, "max_completion_length")
         self.generation_config()  # checks the temperature
+        if self.temperature == 0:
+            warnings.warn(
+                "temperature=0: the completions of a group are all the same, every advantage is 0, and nothing is "
+                "learned. Set a temperature (0.9 in d1 and d2)."
+            )
         self._check_loss()
         self.check_estimator(self.build_estimator())
 
@@ -186,6 +212,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             raise ValueError(
                 "kl_estimator='full' with beta=0: there is no KL term to estimate. Set beta (0.04 in d2)."
             )
+        if self.sync_ref_model and self.beta == 0 and self.ratio_denominator != "ref":
+            raise ValueError("sync_ref_model=True with beta=0: there is no reference to synchronise. Set beta.")
         if self.loss_type != "wd1":
             return
         for name, right in (("beta", 0.0), ("ratio_denominator", "old"), ("importance_sampling_level", "token")):
@@ -220,6 +248,11 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
                         f"{name}={getattr(self, name)} needs every token's number, and {type(estimator).__name__} "
                         f"scores only some. Set it to {neutral}, or score all positions."
                     )
+        if not estimator.per_token and self.top_entropy_quantile < 1:
+            raise ValueError(
+                f"top_entropy_quantile={self.top_entropy_quantile} chooses tokens, and {type(estimator).__name__} "
+                "gives one number of the whole sequence. Set it to 1.0, or take an estimator of tokens: step_merge."
+            )
         if self.truncates and self.decoding not in estimator.replays:
             name = next(name for name in ("top_k", "top_p", "min_p") if getattr(self, name) not in (0, 1.0, None))
             raise ValueError(
@@ -257,12 +290,14 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         estimator, kwargs = ESTIMATORS[self.estimator], self.estimator_kwargs or {}
         if not isinstance(kwargs, dict):
             raise ValueError(f"estimator_kwargs={kwargs!r} must be a mapping, such as {{'num_samples': 2}}.")
-        known = list(inspect.signature(estimator).parameters)
+        known, hints = list(inspect.signature(estimator).parameters), get_type_hints(estimator.__init__)
         for name in kwargs:
             if name not in known:
                 near = get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"it takes {known or 'no arguments'}."
                 raise ValueError(f"estimator_kwargs: {self.estimator!r} has no argument {name!r}; {hint}")
+            if name != "num_segments":  # which is checked below, wherever it stands
+                check_kind(f"estimator_kwargs: {name}", kwargs[name], hints.get(name, Any))
         if "num_segments" in known:
             _, steps = self.check_decoding(self.canvas_length, "max_completion_length")
             if self.confidence_threshold is not None:
@@ -372,5 +407,6 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         """A stock GRPOConfig with the diffusion fields at their defaults."""
         config = take_over(cls, GRPOConfig, args)
         config.disable_dropout = True
+        check_settings(config, _ELSEWHERE, _CHOICES)
         config.validate()
         return config

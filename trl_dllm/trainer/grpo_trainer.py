@@ -15,7 +15,6 @@ and nothing is remembered between the two calls.
 
 import copy
 import inspect
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -33,17 +32,21 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from ..generation import generate
 from ..likelihood import Estimator, TokenScores, check_estimator, counted_view, perturb_prompt, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
+from ..models.lora import register_lora_targets
 from ..models.spec import check_full_attention, check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout
+from .architecture import check_architecture
 from .base import HOOKS, DiffusionTrainer
 from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
+from .data import check_grpo_data, check_text
 from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
 from .metrics import record_generation, record_kl, record_mismatch
 from .model_card import rewrite_quick_start
 from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
+from .reward_checks import checked_rewards
 from .rewards import give_trajectory
 from .segmented_backward import segmented_backward
 from .stock import (
@@ -69,6 +72,8 @@ _OVERRIDDEN: Interface = {
 }
 
 _NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
+
+register_lora_targets()
 
 
 class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
@@ -137,6 +142,14 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         self.estimator = estimator if estimator is not None else args.build_estimator()
         check_full_attention(type(self.estimator).__name__, self.spec.block_size)
         self.estimator.check(self.spec.logits_shift)
+        args.check_estimator(self.estimator)
+        if args.sync_ref_model and (given.get("peft_config") or hasattr(model, "peft_config")):
+            raise ValueError(
+                "sync_ref_model=True with an adapter: the reference is the model without it, which never changes. Set "
+                "sync_ref_model=False, or train the whole model."
+            )
+        check_architecture(model, config, args, given.get("peft_config"))
+        check_grpo_data(given, args, config, tokenizer)
         if args.decoding == "any_order":
             check_unshifted("decoding='any_order'", self.spec.logits_shift)
         self._rollout: Rollout | None = None  # the generation batch, while TRL scores it
@@ -147,7 +160,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
         # TRL loads a reference where beta is not 0; as the ratio's denominator it is needed at 0 as well.
         beta, needs_reference = args.beta, args.beta != 0 or args.ratio_denominator == "ref"
-        rewards = give_trajectory(reward_funcs, self._trajectory)
+        rewards = give_trajectory(checked_rewards(reward_funcs, args.reward_weights), self._trajectory)
         with reference_source(model, needs_reference and given.get("peft_config") is None):
             args.beta = beta or float(needs_reference)
             try:
@@ -155,13 +168,6 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             finally:
                 args.beta = beta
         self.beta = beta
-        if args.temperature == 0:
-            warnings.warn(
-                "temperature=0: the completions of a group are all the same, every advantage is 0, and nothing is "
-                "learned. Set a temperature (0.9 in d1 and d2).",
-                stacklevel=2,
-            )
-        args.check_estimator(self.estimator)
         # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
         if args.kl_estimator == "full" and hasattr(unwrap(self.model).get_output_embeddings(), "modules_to_save"):
             raise ValueError(
@@ -229,6 +235,11 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             self.flops.paper += paper.total
         record_generation(self, rollout)
         return outputs
+
+    def _generate(self, prompts, *args, **kwargs):
+        for row, prompt in enumerate(prompts):  # those of a stream have not been seen before
+            check_text(f"row {row} of a batch: prompt", prompt)
+        return super()._generate(prompts, *args, **kwargs)
 
     def _trajectory(self) -> list[list[int]]:
         """The steps that revealed each position of the generation batch, for rewards that ask."""

@@ -11,6 +11,9 @@ from torch import Tensor
 # Losses whose gradient with respect to a token's log-prob depends on that log-prob alone.
 SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 
+# All that `loss_type` may be: TRL's, and wd1.
+LOSSES = (*SEPARABLE_LOSSES, "luspo", "vespo", "wd1")
+
 
 def is_separable(trainer) -> bool:
     """Whether dL/dlogp of a token is known from that token alone, so that one view can be back-propagated at a time.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from .settings import check_settings, name_checkpointing
 from .stock import Refused, refuse, take_over
 
 
@@ -94,6 +95,8 @@ class DiffusionSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        check_settings(self, _REFUSED, _CHOICES)
+        name_checkpointing(self)
         super().__post_init__()
         self.validate()
 
@@ -104,9 +107,6 @@ class DiffusionSFTConfig(SFTConfig):
             ValueError: naming the field, its value and what would be right.
         """
         refuse(self, _REFUSED, "diffusion SFT")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {choices}.")
         if not 0 < self.mask_eps <= 1:
             raise ValueError(f"mask_eps={self.mask_eps} must be in (0, 1]; LLaDA uses 1e-3.")
         for name in ("canvas_length", "block_length"):
@@ -140,5 +140,6 @@ class DiffusionSFTConfig(SFTConfig):
     def from_stock(cls, args: SFTConfig) -> "DiffusionSFTConfig":
         """A stock SFTConfig with the diffusion fields at their defaults."""
         config = take_over(cls, SFTConfig, args)
+        check_settings(config, _REFUSED, _CHOICES)
         config.validate()
         return config

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -23,9 +22,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from ..likelihood import View, score_view
 from ..likelihood.view import IGNORE
 from ..models import NEVER, Attention, MaskedDiffusionSpec
+from ..models.lora import register_lora_targets
 from ..models.spec import check_full_attention, check_unshifted
 from ..noise import Purpose, hash64, row_seeds, uniform
+from .architecture import check_architecture, find_modules
 from .base import HOOKS, DiffusionTrainer
+from .data import check_sft_data
 from .finite import check_loss
 from .model_card import rewrite_quick_start
 from .sft_config import DiffusionSFTConfig
@@ -47,6 +49,9 @@ _OVERRIDDEN: Interface = {
     "create_model_card": ("model_name", "dataset_name", "tags"),
     **HOOKS,
 }
+
+
+register_lora_targets()
 
 
 @dataclass
@@ -259,13 +264,19 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
                 f"canvas_length={args.canvas_length}, block_length={args.block_length}: a data_collator of your own "
                 "has to fill the answers itself. Remove one or the other."
             )
+        config = read_config(model, args)
         if isinstance(model, str) and given.get("processing_class") is None:
             given["processing_class"] = AutoProcessor.from_pretrained(model, **hub_kwargs(args))
-        config = read_config(model, args)
         refuse_processor(given.get("processing_class"))
         if given.get("processing_class") is not None:
             check_objective(args.objective, MaskedDiffusionSpec.from_config(config, given["processing_class"]))
 
+        trainable = args.trainable_modules
+        if trainable is None and args.objective == "any_order" and adapter is None:
+            trainable = ["q_proj", "k_proj", "v_proj"]  # d2 App. C.1.2
+        trainable = None if trainable == ["all"] else trainable
+        check_architecture(model, config, args, given.get("peft_config"), trainable)
+        check_sft_data(given, args, config)
         self._micro_step = 0  # micro-batches of the current optimizer step that this process has scored
         super().__init__(*bound.args[1:], **bound.kwargs)
 
@@ -287,10 +298,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
                 block_length=args.block_length,
                 max_length=args.max_length,
             )
-        trainable = args.trainable_modules
-        if trainable is None and args.objective == "any_order" and not isinstance(self.model, PeftModel):
-            trainable = ["q_proj", "k_proj", "v_proj"]  # d2 App. C.1.2
-        if trainable not in (None, ["all"]):
+        if trainable is not None:
             freeze_all_but(self.model, trainable)
             if args.gradient_checkpointing:  # reentrant checkpointing gives no gradient behind frozen embeddings
                 self.model.enable_input_require_grads()
@@ -375,15 +383,7 @@ def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
     Raises:
         ValueError: a name that no module's name ends with.
     """
-    matches = {name: [m for path, m in model.named_modules() if f".{path}".endswith(f".{name}")] for name in names}
-    missing = [name for name, modules in matches.items() if not modules]
-    if missing:
-        last = sorted({path.rsplit(".", 2)[-2] for path, _ in model.named_parameters()})
-        raise ValueError(
-            f"trainable_modules={names}: no module's name ends with {missing[0]!r}. Modules with parameters end with: "
-            f"{', '.join(last)}."
-        )
+    modules = find_modules(model, "trainable_modules", names)
     model.requires_grad_(False)
-    for modules in matches.values():
-        for module in modules:
-            module.requires_grad_(True)
+    for module in modules:
+        module.requires_grad_(True)

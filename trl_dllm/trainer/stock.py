@@ -130,7 +130,10 @@ def hub_kwargs(args) -> dict[str, Any]:
 def read_config(model, args):
     """The config of a model that is given by name or in memory, before any weight is loaded."""
     if isinstance(model, str):
-        return AutoConfig.from_pretrained(model, **hub_kwargs(args))
+        try:
+            return AutoConfig.from_pretrained(model, **hub_kwargs(args))
+        except OSError as error:  # which without a network does not say what it was looking for
+            raise OSError(f"model_name_or_path={model!r} cannot be read: {error}") from error
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}.")
     config = unwrap(model).config
