@@ -16,6 +16,7 @@ from trl_dllm.evaluation import (
     evaluate,
     pass_at_k,
     rescore,
+    summarise,
     tokenize_prompts,
     wilson_interval,
 )
@@ -102,6 +103,14 @@ def test_pass_at_k_is_the_probability_over_all_choices_of_k_samples():
             rates.append(sum(any(choice) for choice in choices) / len(choices))
         assert pass_at_k(correct, samples, k)["value"] == pytest.approx(sum(rates) / 4)
     assert pass_at_k([1, 0, 1], 1, 1)["low"] == pytest.approx(wilson_interval(2, 3)[0])
+
+
+def test_how_tests_of_programs_were_judged_is_counted():
+    records = [{"row": 0, "correct": True, "judged_outside": 2, "judged_inside": 1}]
+    records.append({"row": 1, "correct": False, "judged_outside": 3, "judged_inside": 0})
+    summary = summarise(records, 1)
+    assert (summary["judged_outside"], summary["judged_inside"], summary["correct"]) == (5, 1, 1)
+    assert "judged_inside" not in summarise([{"row": 0, "correct": True}], 1)
 
 
 def test_a_prefill_begins_the_answer_and_is_scored_with_it(tiny, tmp_path):

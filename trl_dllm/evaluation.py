@@ -316,7 +316,12 @@ def rescore(task: Task, stored: str | Path, output_dir: str | Path, parser: str 
 
 
 def summarise(records: Sequence[Mapping], num_samples: int) -> dict:
-    """Solve rate, interval and pass@k of scored completions; a task with cells (Sudoku) gives cells as total."""
+    """
+    Solve rate, interval and pass@k of scored completions.
+
+    A task with cells (Sudoku) gives cells as total; one that runs programs says how many of its tests were
+    `judged_outside` the program's process and how many `judged_inside`, where a program can fool them.
+    """
     right: dict[int, int] = {}
     for record in records:
         right[record["row"]] = right.get(record["row"], 0) + bool(record["correct"])
@@ -330,6 +335,11 @@ def summarise(records: Sequence[Mapping], num_samples: int) -> dict:
         "correct": sum(record["cells_correct"] if cells else bool(record["correct"]) for record in records),
         "total": sum(record["cells_total"] for record in records) if cells else len(records),
         "pass_at_k": {str(k): value for k, value in passes.items()},
+        **{
+            key: sum(record[key] for record in records)
+            for key in ("judged_outside", "judged_inside")
+            if records and all(key in record for record in records)
+        },
     }
 
 

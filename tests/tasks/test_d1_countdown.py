@@ -64,11 +64,33 @@ def test_d1_takes_what_python_does():
         ("so 2 + 3 = 5 is it", "2 + 3"),  # no mark at all: the first equation of the text
         ("\\boxed{2 + 3> and 1 - 1 = 0", "1 - 1"),
         ("<answer>\\boxed{2 \\div 3}</answer>", "2 / 3"),
+        ("<answer>2 + 3</answer>", "<answer>2 + 3</answer>"),  # no box: the whole output, tags and all
+        ("4 - 1 <answer>2 + 3</answer> = 5", ""),  # what stands before the equals sign
+        ("<answer>2 + 3</answer> \\boxed{2 + 3", "2 + 3"),  # the box never closes: the first tag
+        ("\\fbox{2 + 3}", "\\fbox{2 + 3}"),
+        ("\\boxed{}", ""),
         ("", ""),
     ],
 )
 def test_d1_parser(text, expression):
     assert d1_parse_answer(text) == expression
+
+
+@pytest.mark.parametrize(
+    "text, numbers, target, correct",
+    [
+        ("\\boxed{2*3+4}", [2, 3, 4], 10, True),
+        ("\\boxed{\n2*3+4 }", [2, 3, 4], 10, True),
+        ("\\boxed{8/(3-8/3)}", [8, 3, 8, 3], 24, True),  # 23.999999999999996: within 1e-5
+        ("\\boxed{2*3+4 = 10}", [2, 3, 4], 10, True),
+        ("2*3+4", [2, 3, 4], 10, True),
+        ("<answer>2*3+4 = 10</answer>", [2, 3, 4], 10, True),  # the first equation of the output
+        ("<answer>2*3+4</answer>", [2, 3, 4], 10, False),  # no box and no equation: the output is no expression
+        ("\\boxed{2*3+4} \\boxed{", [2, 3, 4], 10, False),
+    ],
+)
+def test_d1_score(text, numbers, target, correct):
+    assert d1_score(text, {"numbers": numbers, "target": target}) == {"correct": correct}
 
 
 @settings(max_examples=150, deadline=None)

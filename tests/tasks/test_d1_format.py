@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from trl_dllm.tasks import d1_format
 from trl_dllm.tasks.d1_format import (
     d1_answer,
-    d1_last_box,
+    d1_boxed,
+    d1_first_tag,
     d1_last_tag,
     d1_soft_format_reward,
     d1_strict_format_reward,
@@ -72,13 +73,37 @@ def test_d1_formats_are_the_patterns(text):
     "text, box",
     [
         ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{1} \\boxed{2} behind", "2"),
         ("\\boxed 5$ more", "5"),
-        ("\\boxed{5", None),
-        ("\\boxed{5} \\boxed{6", None),
-        ("\\fbox{5}", None),
-        ("5", None),
+        ("\\boxed{5} and \\boxed 6", "6"),
         ("\\boxed{}", ""),
+        ("\\boxed{5", None),  # never closes
+        ("\\boxed{5} \\boxed{6", None),
+        ("\\boxed}{5}", None),
+        ("\\boxed }{5}", "}{5}"),
+        ("\\boxed}{{5}} x", "\\boxed}{{5}"),  # begins with no brace
+        ("\\boxed[x]{5} x", "\\boxed[x]{5}"),
+        ("x \\fbox{5} x", "\\fbox{5}"),  # found, but not opened
+        ("\\fbox{5} \\boxed{6}", "6"),
+        ("\\fbox{5", None),
+        ("<answer>5</answer>", "<answer>5</answer>"),  # no box at all: all of the text
+        ("", ""),
     ],
 )
-def test_d1_last_box(text, box):
-    assert d1_last_box(text) == box
+def test_d1_boxed(text, box):
+    assert d1_boxed(text) == box
+
+
+@pytest.mark.parametrize(
+    "text, tag",
+    [
+        ("a <answer> 5\n</answer> <answer>6</answer>", "5"),
+        ("</answer><answer>5</answer>", "5"),
+        ("<answer><answer>5</answer>", "<answer>5"),
+        ("<answer></answer>", ""),
+        ("<answer>5", None),
+        ("5</answer>", None),
+    ],
+)
+def test_d1_first_tag(text, tag):
+    assert d1_first_tag(text) == tag

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 
 from trl_dllm.sandbox import ALLOW_VARIABLE
 from trl_dllm.tasks import get_task
-from trl_dllm.tasks.humaneval import build_program, humaneval_reward, make_reward
+from trl_dllm.tasks.humaneval import build_trials, humaneval_reward, make_reward
 from trl_dllm.tasks.programs import MAX_CODE
 
 
@@ -68,8 +68,11 @@ def test_score_and_permission(sandbox, monkeypatch):
     with pytest.raises(PermissionError):
         TASK.score(text, ROW)
     monkeypatch.setenv(ALLOW_VARIABLE, "1")
-    assert TASK.score(text, ROW) == {"correct": True}
-    assert TASK.score("", ROW) == {"correct": False}
+    assert TASK.score(text, ROW) == {"correct": True, "judged_outside": 1, "judged_inside": 0}
+    assert TASK.score("", ROW) == {"correct": False, "judged_outside": 1, "judged_inside": 0}
+    assert TASK.score("x" * (MAX_CODE + 1), ROW) == {"correct": False, "judged_outside": 0, "judged_inside": 0}
+    inside = {**ROW, "test": "def check(candidate):\n    assert candidate.__name__ == 'area'\n"}
+    assert TASK.score(text, inside) == {"correct": True, "judged_outside": 0, "judged_inside": 1}
     reward = make_reward()
     assert reward.__name__ == "humaneval" and reward([text], **COLUMNS, prompts=["x"]) == [1.0]
 
@@ -82,7 +85,7 @@ class Nothing:
 @settings(max_examples=200, deadline=None)
 @given(messy_text)
 def test_any_text(text):
-    assert isinstance(build_program(text, ROW), str)
+    assert [trial.entry_point for trial in build_trials(text, ROW)] == ["area"]
     assert humaneval_reward([text], **COLUMNS, allow_code_execution=True, provider=Nothing()) == [0.0]
 
 
@@ -94,8 +97,8 @@ def test_any_text_is_run_and_fails(sandbox, text):
 
 def test_long_texts_take_no_time():
     for text in long_texts():
-        program = build_program(text, ROW)
-        assert program is None or len(program) < 2 * MAX_CODE
+        for trial in build_trials(text, ROW):
+            assert len(trial.script) < 2 * MAX_CODE
 
 
 @pytest.mark.parametrize("prompt_format", ["chat", "text"])
@@ -106,3 +109,23 @@ def test_load(data_dir, prompt_format):
         TASK.load("train", 5, data_dir=str(data_dir))
     with pytest.warns(UserWarning, match="training on its test split"):
         assert len(TASK.load("train", 5, data_dir=str(data_dir), allow_test_as_train=True)) == 5
+
+
+# Two lines each, which passed while tests ran in the program's own process.
+NOT_SOLVED = [
+    "import sys, os\ndef {name}(*a): [os.write(3, v) for v in sys._getframe(2).f_locals.values() if type(v) is bytes]",
+    "class E:\n    __eq__ = lambda *a: True\ndef {name}(*a): return E()",
+    "import random\nrandom.randint = lambda *a: 0\nrange = set = lambda *a: []\ndef {name}(*a): return 0",
+    "import builtins\nbuiltins.range = builtins.set = lambda *a: []\ndef {name}(*a): return 0",
+    "import sys\ndef {name}(*a): return next(c for c in sys._getframe(1).f_code.co_consts if c is not None)",
+]
+
+
+def test_programs_that_fool_their_own_interpreter_are_wrong(data_dir, sandbox):
+    data = TASK.load("test", data_dir=str(data_dir))
+    columns = ("code_prompt", "test", "entry_point")
+    rows = [row for row in data if row["task_id"].split("/")[1] in ("0", "38", "44", "53")]
+    for code in NOT_SOLVED:
+        texts = [f"```python\n{code.replace('{name}', row['entry_point'])}\n```" for row in rows]
+        given = {name: [row[name] for row in rows] for name in columns}
+        assert humaneval_reward(texts, **given, allow_code_execution=True) == [0.0] * 4, code

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 
 from trl_dllm.sandbox import ALLOW_VARIABLE, LocalProvider, providers
 from trl_dllm.tasks import get_task
-from trl_dllm.tasks.mbpp import build_programs, make_reward, mbpp_reward
+from trl_dllm.tasks.mbpp import build_trials, make_reward, mbpp_reward
 
 
 TASK = get_task("mbpp")
@@ -74,8 +74,14 @@ def test_setup_score_and_permission(sandbox, monkeypatch):
         TASK.rewards["tests"]([text], **COLUMNS)
     assert make_reward()([text], **COLUMNS, test_setup=["factor = 4"]) == [0.25]
     monkeypatch.setenv(ALLOW_VARIABLE, "1")
-    assert TASK.score(text, {**ROW, "test_setup": "factor = 1"}) == {"correct": False, "tests_passed": 0.25}
-    assert TASK.score("def f(x): return x * x", ROW) == {"correct": True, "tests_passed": 1.0}
+    outside = {"judged_outside": 4, "judged_inside": 0}
+    once = {**ROW, "test_setup": "factor = 1"}
+    assert TASK.score(text, once) == {"correct": False, "tests_passed": 0.25, **outside}
+    assert TASK.score("def f(x): return x * x", ROW) == {"correct": True, "tests_passed": 1.0, **outside}
+    mixed = {"test_list": ["assert f(2) == 4", "assert f(P()) == 4"]}
+    text = "class P:\n    def __mul__(self, other): return 4\ndef f(x): return x * x"
+    judged = {"judged_outside": 1, "judged_inside": 1}
+    assert TASK.score(text, mixed) == {"correct": True, "tests_passed": 1.0, **judged}
 
 
 class Nothing:
@@ -86,7 +92,7 @@ class Nothing:
 @settings(max_examples=200, deadline=None)
 @given(messy_text)
 def test_any_text(text):
-    assert len(build_programs(text, ROW)) == 4
+    assert len(build_trials(text, ROW)) == 4
     assert mbpp_reward([text], **COLUMNS, allow_code_execution=True, provider=Nothing()) == [0.0]
 
 
@@ -98,7 +104,7 @@ def test_any_text_is_run_and_fails(sandbox, text):
 
 def test_long_texts_take_no_time():
     for text in long_texts():
-        assert len(build_programs(text, ROW)) in (0, 4)
+        assert len(build_trials(text, ROW)) in (0, 4)
 
 
 @pytest.mark.parametrize("prompt_format", ["chat", "text"])

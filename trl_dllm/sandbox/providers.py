@@ -3,9 +3,9 @@
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from .run import run_many
+from .run import ExecutionResult, Trial, run_many, run_trials
 
 
 ALLOW_VARIABLE = "TRL_DLLM_ALLOW_CODE_EXECUTION"
@@ -23,16 +23,23 @@ class CodeExecutionProvider(Protocol):
     def execute_scripts(self, scripts: list[str], languages: list[str]) -> list[float]: ...
 
 
+@runtime_checkable
+class TrialProvider(Protocol):
+    """A provider that can do more than run scripts: it tests a program from outside, see `run.run_trial`."""
+
+    def run_trials(self, trials: list[Trial]) -> list[ExecutionResult]: ...
+
+
 class LocalProvider:
     """
-    Scripts in the local sandbox: 1.0 for one that runs to its last line, else 0.0.
+    Scripts in the local sandbox: 1.0 for one that runs to its last line, else 0.0. Trials as `run_trial` has them.
 
     Args:
         num_workers: scripts at a time, as many as there are CPUs by default.
         limits: arguments of `run_program`, such as `timeout`.
     """
 
-    def __init__(self, num_workers: int | None = None, **limits):
+    def __init__(self, num_workers: int | None = None, **limits: Any):
         self.num_workers = num_workers
         self.limits = limits
 
@@ -44,6 +51,10 @@ class LocalProvider:
             if language != "python":
                 raise ValueError(f"the local provider runs 'python' only, got {language!r}.")
         return [float(result.passed) for result in run_many(scripts, num_workers=self.num_workers, **self.limits)]
+
+    def run_trials(self, trials: list[Trial]) -> list[ExecutionResult]:
+        """One result for each, in their order. Raises `SandboxUnavailable`."""
+        return run_trials(trials, self.num_workers, **self.limits)
 
 
 PROVIDERS: dict[str, Callable[..., CodeExecutionProvider]] = {"local": LocalProvider}
@@ -80,22 +91,44 @@ def check_allowed(allow_code_execution: bool | None) -> None:
         )
 
 
-def pass_fractions(
-    suites: Sequence[Sequence[str]], allow_code_execution: bool | None, provider: str | CodeExecutionProvider
-) -> list[float]:
-    """
-    The fraction of each suite's programs that pass, all suites in one call of the provider; 0.0 for an empty suite.
+class Suite(NamedTuple):
+    """What became of several trials: how many passed, and how many were judged outside and inside the program."""
 
-    Raises `PermissionError` if not allowed; a provider's own errors pass through.
+    passed: int = 0
+    outside: int = 0
+    inside: int = 0
+
+    @property
+    def fraction(self) -> float:
+        """Of the trials that passed; 0.0 for an empty suite."""
+        return self.passed / max(self.outside + self.inside, 1)
+
+
+def run_suites(
+    suites: Sequence[Sequence[Trial]], allow_code_execution: bool | None, provider: str | CodeExecutionProvider
+) -> list[Suite]:
+    """
+    What becomes of each suite, all their trials in one call of the provider.
+
+    A provider with a method `run_trials` (the local one) judges from outside where it can, others run scripts. Raises
+    `PermissionError` if not allowed; a provider's own errors pass through.
     """
     check_allowed(allow_code_execution)
-    scripts = [f"{program}\n1.0\n" for suite in suites for program in suite]
-    values = get_provider(provider).execute_scripts(scripts, ["python"] * len(scripts)) if scripts else []
+    trials = [trial for suite in suites for trial in suite]
+    results = iter(_results(trials, get_provider(provider)) if trials else [])
+    return [_summary([next(results) for _ in suite]) for suite in suites]
+
+
+def _results(trials: list[Trial], provider: CodeExecutionProvider) -> list[ExecutionResult]:
+    if isinstance(provider, TrialProvider):
+        return provider.run_trials(trials)
+    scripts = [f"{trial.script}\n1.0\n" for trial in trials]
+    values = provider.execute_scripts(scripts, ["python"] * len(scripts))
     if len(values) != len(scripts):
         raise ValueError(f"the provider returned {len(values)} values for {len(scripts)} scripts.")
-    fractions, start = [], 0
-    for suite in suites:
-        part = values[start : start + len(suite)]
-        start += len(suite)
-        fractions.append(sum(value == 1.0 for value in part) / len(part) if part else 0.0)
-    return fractions
+    return [ExecutionResult(value == 1.0, "passed" if value == 1.0 else "failed") for value in values]
+
+
+def _summary(results: list[ExecutionResult]) -> Suite:
+    outside = sum(result.judged == "outside" for result in results)
+    return Suite(sum(result.passed for result in results), outside, len(results) - outside)

@@ -1,24 +1,19 @@
 """Running programs in a sandbox of a kind that works here."""
 
-import contextlib
-import functools
-import json
+import math
 import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from .inside.request import Limits, Report, Request
+from .form import form_of
+from .inside.request import Limits, Report
+from .kinds import choose_sandbox, problem_now
+from .launch import GRACE, Run, SandboxUnavailable, launch
 
 
-SANDBOXES = ("bubblewrap", "namespaces", "uid")  # the best first
+T = TypeVar("T")
 
 TIMEOUT = 6.0
 MEMORY_BYTES = 512 * 2**20
@@ -26,11 +21,7 @@ FILE_BYTES = 16 * 2**20
 DISK_BYTES = 64 * 2**20
 PROCESSES = 64
 OUTPUT_BYTES = 64 * 2**10
-GRACE = 30.0  # seconds beyond `timeout` for making the sandbox and taking it down, on a busy machine
-
-
-class SandboxUnavailable(RuntimeError):
-    """No sandbox can be made on this machine, and programs do not run without one."""
+DEFAULT_LIMITS = Limits(TIMEOUT, MEMORY_BYTES, FILE_BYTES, DISK_BYTES, PROCESSES, OUTPUT_BYTES)
 
 
 @dataclass(frozen=True)
@@ -46,6 +37,7 @@ class ExecutionResult:
         stdout, stderr: what it printed, each up to `output_bytes`.
         seconds: wall-clock time of the program, without the making of the sandbox.
         sandbox: the kind it ran in.
+        judged: "inside", by its own process, or "outside", by another one: see `run_trial`.
     """
 
     passed: bool
@@ -54,71 +46,27 @@ class ExecutionResult:
     stderr: str = ""
     seconds: float = 0.0
     sandbox: str = ""
+    judged: str = "inside"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which sandbox
-
-
-def choose_sandbox(sandbox: str = "auto") -> str:
+@dataclass(frozen=True)
+class Trial:
     """
-    The kind that will be used: for "auto" the first of bubblewrap, namespaces and (as root) uid that works here.
+    A program and a test of it.
 
-    Each kind is tried with an empty program once a process. Raises `SandboxUnavailable`, saying what each one lacks,
-    and `ValueError` for an unknown kind.
+    Attributes:
+        program: the program's source, which is not trusted.
+        test: source that ends with an exception unless the program is right; trusted.
+        setup: source that the test needs before it, such as a helper function; trusted.
+        entry_point: the function that is tested; None for the one name that setup and test use and do not define.
+        script: program and test in one source, for a test that cannot be judged outside.
     """
-    if sandbox != "auto" and sandbox not in SANDBOXES:
-        raise ValueError(f"sandbox must be 'auto' or one of {SANDBOXES}, got {sandbox!r}.")
-    problems = []
-    for kind in SANDBOXES if sandbox == "auto" else (sandbox,):
-        problem = _problem(kind, os.geteuid() if hasattr(os, "geteuid") else -1, os.environ.get("PATH", ""))
-        if problem is None:
-            return kind
-        problems.append(f"{kind}: {problem}")
-    raise SandboxUnavailable(
-        "Generated programs run in a sandbox or not at all, and none works here: "
-        + "; ".join(problems)
-        + ". Install bubblewrap, allow unprivileged user namespaces, or use another provider (register_provider)."
-    )
 
-
-@functools.cache
-def _problem(kind: str, user: int, path: str) -> str | None:
-    """What keeps this kind from working for this user and PATH, None if it works."""
-    if platform.system() != "Linux":
-        return "needs Linux"
-    if kind == "bubblewrap" and shutil.which("bwrap", path=path) is None:
-        return "bwrap is not installed"
-    if kind == "uid" and user != 0:
-        return "another user id needs root"
-    try:
-        result = _run(kind, "x = 1", "", Limits(20.0, MEMORY_BYTES, FILE_BYTES, DISK_BYTES, PROCESSES, OUTPUT_BYTES))
-    except SandboxUnavailable as error:
-        return str(error)
-    return None if result.passed else f"an empty program ended with {result.reason!r} {result.stderr[-500:]}".strip()
-
-
-@functools.cache
-def _interpreter() -> str:
-    """The interpreter behind a virtual environment: programs get no site-packages."""
-    base = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
-    return base if os.access(base, os.X_OK) else sys.executable
-
-
-def _threads_of_user() -> int:
-    """Threads that already count against the process limit; newer kernels count each user namespace by itself."""
-    release = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in platform.release().split(".")[:2])
-    if release >= (5, 14):
-        return 0
-    user, total = os.geteuid() or 65534, 0
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            total += len(os.listdir(folder / "task")) if folder.stat().st_uid == user else 0
-    return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running
+    program: str
+    test: str
+    script: str
+    setup: str = ""
+    entry_point: str | None = None
 
 
 def run_program(
@@ -141,18 +89,37 @@ def run_program(
         timeout: wall-clock seconds; CPU time is limited to about as much for each process.
         memory_bytes: address space of each process, and resident memory of all together.
         file_bytes: the largest file that it can write.
-        disk_bytes: all its files together (in the kind "uid" those in its working directory).
+        disk_bytes: all its files together, deleted ones that are still open among them.
         processes: processes and threads at a time.
         output_bytes: how much of stdout, and of stderr, is kept; the rest is read and dropped.
         sandbox: "auto", or one of `SANDBOXES`.
 
-    Raises `SandboxUnavailable` where no sandbox can be made and `ValueError` for limits that are not positive.
+    Raises `SandboxUnavailable` where no sandbox can be made and `ValueError` for limits that are not positive numbers.
     """
-    limits = Limits(timeout, memory_bytes, file_bytes, disk_bytes, processes, output_bytes)
-    for name, value in limits._asdict().items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
-    return _run(choose_sandbox(sandbox), code, stdin, limits)
+    limits = _checked(Limits(timeout, memory_bytes, file_bytes, disk_bytes, processes, output_bytes))
+    return _run(choose_sandbox(sandbox), limits, Run("script", [code], stdin))
+
+
+def run_trial(trial: Trial, sandbox: str = "auto", **limits: Any) -> ExecutionResult:
+    """
+    Run a program and its test: from outside where the test allows it, else as one program.
+
+    Outside, the test runs in a sandbox of its own and calls the program in another one: values go there and come back,
+    expected values do not leave, and nothing that the program does to its own process can make the test pass. Which
+    tests allow that is decided by their source alone (see `form`), never by what the program does.
+
+    Args:
+        limits: those of `run_program`, for the program and again for its test.
+
+    Raises as `run_program`.
+    """
+    form = form_of(trial.setup, trial.test, trial.entry_point)
+    if form.entry_point is None:
+        return run_program(trial.script, sandbox=sandbox, **limits)
+    checked = _checked(DEFAULT_LIMITS._replace(**limits))
+    candidate = Run("candidate", [trial.program, form.entry_point])
+    judge = Run("judge", [trial.setup, trial.test, form.entry_point])
+    return _run(choose_sandbox(sandbox), checked, candidate, judge)
 
 
 def run_many(
@@ -169,58 +136,57 @@ def run_many(
     stdins = [""] * len(programs) if stdins is None else stdins
     if len(stdins) != len(programs):
         raise ValueError(f"{len(programs)} programs have {len(stdins)} inputs.")
-    if not programs:
+    pairs = list(zip(programs, stdins, strict=True))
+    return _several(lambda pair: run_program(pair[0], pair[1], **limits), pairs, num_workers, **limits)
+
+
+def run_trials(trials: Sequence[Trial], num_workers: int | None = None, **limits: Any) -> list[ExecutionResult]:
+    """`run_trial` for each, as `run_many` does it."""
+    return _several(lambda trial: run_trial(trial, **limits), trials, num_workers, **limits)
+
+
+def _several(
+    run: Callable[[T], ExecutionResult], items: Sequence[T], num_workers: int | None, sandbox: str = "auto", **_: Any
+) -> list[ExecutionResult]:
+    if not items:
         return []
-    choose_sandbox(limits.get("sandbox", "auto"))  # once, and not in every thread at the same time
+    choose_sandbox(sandbox)  # once, and not in every thread at the same time
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(max_workers=max(1, min(num_workers, len(programs)))) as pool:
-        return list(pool.map(lambda pair: run_program(pair[0], pair[1], **limits), zip(programs, stdins, strict=True)))
+    with ThreadPoolExecutor(max_workers=max(1, min(num_workers, len(items)))) as pool:
+        return list(pool.map(run, items))
 
 
-def _run(kind: str, code: str, stdin: str, limits: Limits) -> ExecutionResult:
-    request = Request(
-        kind=kind,
-        code=code,
-        stdin=stdin,
-        limits=Limits(float(limits.timeout), *(int(value) for value in limits[1:])),
-        processes_before=0 if kind == "uid" else _threads_of_user(),
-        python=_interpreter(),
-        bwrap=shutil.which("bwrap") or "",
-        parent=os.getpid(),
-    )
-    # Only the kind "uid" works in a folder of this file system; the others have one that vanishes with them.
-    if kind != "uid":
-        return _launch(request)
-    with tempfile.TemporaryDirectory(prefix="trl-dllm-", ignore_cleanup_errors=True) as folder:
-        return _launch(request._replace(work=folder))
+def _checked(limits: Limits) -> Limits:
+    for name, value in limits._asdict().items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value}.")
+    return Limits(float(limits.timeout), *(int(value) for value in limits[1:]))
 
 
-def _launch(request: Request) -> ExecutionResult:
-    # No preexec_fn: this may be a thread of a large process. What the launcher needs to change, it changes itself.
-    launcher = subprocess.Popen(
-        [_interpreter(), "-I", "-S", str(Path(__file__).parent)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={},
-        cwd="/",
-        start_new_session=True,
-    )
-    patience = request.limits.timeout + GRACE
+def _run(kind: str, limits: Limits, *runs: Run) -> ExecutionResult:
+    judged = "inside" if len(runs) == 1 else "outside"
     try:
-        answer, errors = launcher.communicate(json.dumps(request).encode(), timeout=patience)
-    except subprocess.TimeoutExpired:
-        return ExecutionResult(False, "timeout", seconds=patience, sandbox=request.kind)
-    finally:
-        # Every process of the sandbox dies with the launcher; after a regular end there is none.
-        launcher.kill()
-        launcher.communicate()
+        reports = _launch_twice(kind, limits, runs)
+    except SandboxUnavailable as error:
+        if problem_now(kind) is not None:
+            raise
+        # It has to do with this program, then, which is no reason to stop the caller.
+        return ExecutionResult(False, "sandbox", stderr=str(error), sandbox=kind, judged=judged)
+    if reports is None:
+        return ExecutionResult(False, "timeout", seconds=limits.timeout + GRACE, sandbox=kind, judged=judged)
+    program, judge = reports[0], reports[-1]
+    reason, stderr = program.reason, program.stderr
+    if reason == "passed" and judged == "outside":  # it has answered as long as it was asked, which says nothing yet
+        reason = judge.reason if judge.reason in ("passed", "timeout", "memory", "sandbox") else "failed"
+    if reason != "passed" and judged == "outside":
+        stderr += judge.stderr
+    return ExecutionResult(reason == "passed", reason, program.stdout, stderr, program.seconds, kind, judged)
+
+
+def _launch_twice(kind: str, limits: Limits, runs: Sequence[Run]) -> list[Report] | None:
+    """A machine that is short of memory or processes may end a launcher; no program shall fail for that."""
     try:
-        answered = json.loads(answer)
-    except ValueError:
-        answered = {"unavailable": "the launcher ended without a report"}
-    if "unavailable" in answered:
-        raise SandboxUnavailable(f"{answered['unavailable']} {errors.decode(errors='replace')[-500:]}".strip())
-    report = Report(**answered)
-    return ExecutionResult(report.reason == "passed", *report, sandbox=request.kind)
+        return launch(kind, limits, runs)
+    except SandboxUnavailable:
+        return launch(kind, limits, runs)

@@ -111,6 +111,9 @@ def _print(name: str, summary: dict, folder: Path) -> None:
         f"{name}: {summary['solve_rate']:.1%} solved (95 % interval {summary['low']:.1%} to {summary['high']:.1%}), "
         f"{summary['correct']} of {summary['total']} right; settings in {folder / 'summary.json'}"
     )
+    if summary.get("judged_inside"):
+        tests = summary["judged_inside"] + summary["judged_outside"]
+        say(f"  {summary['judged_inside']} of {tests} tests ran in the program's own process, where it can fool them")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .base import completion_text
-from .d1_format import d1_last_box, d1_last_tag
+from .d1_format import d1_boxed, d1_first_tag, d1_last_tag
 
 
 class _Invalid(Exception):
@@ -103,14 +103,14 @@ def d1_parse_answer(text: str) -> str:
     """
     The expression that d1's evaluation reads; never raises.
 
-    The last `\\boxed{…}`, else the first `<answer>…</answer>`, else the whole text; then LaTeX's times, cdot and div
-    become operators, and of the first equation with a number on its right only the left side is kept.
+    The last `\\boxed{…}`, without any box the whole text, tags and all (see `d1_boxed`); where the box never closes
+    the first `<answer>…</answer>`, and without one the whole text. Then LaTeX's times, cdot and div become operators,
+    and of the first equation with a number on its right only the left side is kept.
     """
-    boxed = d1_last_box(text)
+    boxed = d1_boxed(text)
     if boxed is None:
-        start = text.find("<answer>")
-        end = text.find("</answer>", start)
-        boxed = text[start + len("<answer>") : end].strip() if 0 <= start < end else text
+        tag = d1_first_tag(text)
+        boxed = text if tag is None else tag
     for name, symbol in (("\\div", "/"), ("\\times", "*"), ("\\cdot", "*")):
         boxed = boxed.replace(name, symbol)
     sides = _d1_equation(boxed)
@@ -129,7 +129,7 @@ def _d1_equation(text: str) -> str | None:
 
 
 def d1_score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`score` by d1's parser: Python's value, in floating point and compared exactly, of `d1_parse_answer`."""
+    """`score` by d1's parser: Python's value of `d1_parse_answer`, in floating point and within 1e-5."""
     answer = d1_parse_answer(text)
-    right = _d1_same_numbers(answer, row["numbers"]) and _d1_value(answer) == row["target"]
-    return {"correct": bool(right)}
+    found = _d1_value(answer.strip()) if _d1_same_numbers(answer, row["numbers"]) else None
+    return {"correct": found is not None and _near(found, row["target"])}

@@ -5,6 +5,7 @@ import re
 from .base import completion_text
 
 
+_BRACE = re.compile("[{}]")
 _PAIR = re.compile(r"</reasoning>\s*<answer>")
 
 
@@ -98,24 +99,30 @@ def d1_last_tag(text: str) -> str | None:
     return None if found is None else found.strip()
 
 
-def d1_last_box(text: str) -> str | None:
-    """
-    What stands in the last box of `text` as d1 reads it; None where it reads none.
+def d1_first_tag(text: str) -> str | None:
+    """What stands between the first `<answer>` and the next `</answer>`, stripped; None without the two."""
+    start = text.find("<answer>")
+    end = text.find("</answer>", start)
+    return text[start + len("<answer>") : end].strip() if 0 <= start < end else None
 
-    The last `\\boxed` (`\\fbox` without any) has to open with a brace at once, or be followed by a space, which makes
-    everything up to the next dollar the answer.
+
+def d1_boxed(text: str) -> str | None:
+    """
+    What d1 takes for the boxed answer of `text`; None where its functions raise, as the last box never closes.
+
+    Without any `\\boxed` or `\\fbox` it is the whole text. The last `\\boxed` counts (`\\fbox` without any); one that
+    a space follows holds everything up to the next dollar. What does not begin with "\\boxed{" is kept as it is, an
+    `\\fbox{…}` with its name.
     """
     if "\\boxed " in text:
         return text.rsplit("\\boxed ", 1)[1].split("$", 1)[0]
-    name = "\\boxed" if "\\boxed" in text else "\\fbox"
-    start = text.rfind(name)
+    start = text.rfind("\\boxed" if "\\boxed" in text else "\\fbox")
     if start < 0:
-        return None
+        return text
     depth = 0
-    for brace in re.compile("[{}]").finditer(text, start):
+    for brace in _BRACE.finditer(text, start):
         depth += 1 if brace.group() == "{" else -1
-        if depth <= 0:
-            # An \fbox is found, but its name does not come off: d1 falls back on the whole text.
-            opens = text.startswith("\\boxed{", start) and depth == 0
-            return text[start + len("\\boxed{") : brace.start()] if opens else None
+        if depth == 0 and brace.group() == "}":
+            box = text[start : brace.end()]
+            return box[len("\\boxed{") : -1] if box.startswith("\\boxed{") else box
     return None

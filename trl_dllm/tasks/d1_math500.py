@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .base import completion_text
-from .d1_format import d1_last_box
+from .d1_format import completion_texts, d1_boxed, d1_first_tag
 
 
 def d1_math_format(text: str) -> float:
@@ -41,7 +41,7 @@ def d1_normal_form(text: str) -> str | None:
     """
     An answer in the normal form that d1 compares: no spaces, units, degrees, dollars and percent, "\\frac{a}{b}".
 
-    None where the normalisation gives up (two units, `\\frac` or `\\sqrt` at the end).
+    None where the normalisation gives up (two units, `\\frac` or `\\sqrt` at the end, a slash between no integers).
     """
     if len(text) > MAX_NORMALISED:
         return None
@@ -94,15 +94,15 @@ def _brace_fractions(text: str) -> str | None:
     return result
 
 
-def _fraction_of_slash(text: str) -> str:
-    """Two integers with a slash between them as a `\\frac`; anything else as it is."""
+def _fraction_of_slash(text: str) -> str | None:
+    """Two integers with a slash between them as a `\\frac`; None for anything else with one slash."""
     sides = text.split("/")
     if len(sides) != 2:
         return text
     try:
         above, below = int(sides[0]), int(sides[1])
     except ValueError:
-        return text
+        return None
     return f"\\frac{{{above}}}{{{below}}}" if text == f"{above}/{below}" else text
 
 
@@ -112,13 +112,8 @@ def d1_math_correctness_reward(completions: list, answer: list[str], **kwargs) -
 
     `answer` may be a solution with a box, as in d1's data, or the bare answer.
     """
-    golds = [d1_last_box(gold) or gold for gold in answer]
-    texts = [completion_text(completion) for completion in completions]
-    found = [d1_last_box(text) for text in texts]
-    return [
-        2.0 if d1_equivalent(text if box is None else box, gold) else 0.0
-        for text, box, gold in zip(texts, found, golds, strict=True)
-    ]
+    golds, texts = ([_boxed_or_all(text) for text in column] for column in (answer, completion_texts(completions)))
+    return [2.0 if d1_equivalent(text, gold) else 0.0 for text, gold in zip(texts, golds, strict=True)]
 
 
 def d1_boxed_and_answer_tags_reward(completions: list, **kwargs) -> list[float]:
@@ -134,11 +129,20 @@ def d1_equivalent(answer: str, gold: str) -> bool:
     return first == second
 
 
+def _boxed_or_all(text: str) -> str:
+    box = d1_boxed(text)
+    return text if box is None else box
+
+
 def d1_score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`score` by d1's parser: the last box, else the first `<answer>…</answer>`, compared as `d1_equivalent` does."""
-    box = d1_last_box(text)
-    if box is None:
-        start = text.find("<answer>")
-        end = text.find("</answer>", start)
-        box = text[start + len("<answer>") : end].strip() if 0 <= start < end else None
-    return {"correct": box is not None and d1_equivalent(box, row["answer"]), "answer": box and box[:1000]}
+    """
+    `score` by d1's parser: the last box, compared as `d1_equivalent` does it.
+
+    Without any box it is the whole text, tags and all (see `d1_boxed`); the first `<answer>…</answer>` counts only
+    where the box never closes or is empty.
+    """
+    found = d1_boxed(text)
+    if not found:
+        tag = d1_first_tag(text)
+        found = found if tag is None else tag
+    return {"correct": found is not None and d1_equivalent(found, row["answer"]), "answer": found and found[:1000]}

@@ -6,10 +6,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..sandbox import CodeExecutionProvider, pass_fractions
+from ..sandbox import CodeExecutionProvider, Trial, run_suites
 from .base import Task, check_load_arguments, completion_text, without_end_tokens
 from .data import choose, read_rows, to_dataset
-from .programs import MAX_CODE, code_format_reward, defines, extract_code, future_first, with_execution
+from .programs import MAX_CODE, code_format_reward, defines, extract_code, future_first, judged, with_execution
 
 
 FILES = {"test": "humaneval/HumanEval.jsonl"}
@@ -59,15 +59,15 @@ def load(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a completion to programs
+# From a completion to a trial
 
 
-def build_program(text: str, row: Mapping[str, Any]) -> str | None:
+def build_trials(text: str, row: Mapping[str, Any]) -> list[Trial]:
     """
-    The program that says whether a completion is right: its function, the tests, and the call of `check`.
+    The trial that says whether a completion is right: its function, the tests, and the call of `check`.
 
     Code that defines the function is put behind the prompt, whose imports and helpers the tests may use; other code
-    continues the prompt as a body. None for what is too long.
+    continues the prompt as a body. No trial for what is too long.
     """
     code = extract_code(text)
     if code is None:
@@ -75,11 +75,12 @@ def build_program(text: str, row: Mapping[str, Any]) -> str | None:
         if not defines(code, row["entry_point"]):
             code = _STOP.split(code, maxsplit=1)[0]
     if len(code) > MAX_CODE:
-        return None
-    prompt = row["code_prompt"]
+        return []
     # Behind the prompt, whose function thereby gets an empty body, a new definition takes the old one's place.
-    solution = f"{prompt}\n    pass\n\n{code}" if defines(code, row["entry_point"]) else prompt + code
-    return f"{future_first(solution)}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+    setup = f"{row['code_prompt']}\n    pass\n"
+    program = future_first(f"{setup}\n{code}" if defines(code, row["entry_point"]) else row["code_prompt"] + code)
+    test = f"{row['test']}\n\ncheck({row['entry_point']})\n"
+    return [Trial(program, test, script=f"{program}\n\n{test}", setup=setup, entry_point=row["entry_point"])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,13 +102,11 @@ def humaneval_reward(
     Raises `PermissionError` unless `allow_code_execution` is true or TRL_DLLM_ALLOW_CODE_EXECUTION=1 is set, and
     `SandboxUnavailable` where the local provider has no sandbox. d1 has no such reward.
     """
-    rows = zip(completions, code_prompt, test, entry_point, strict=True)
-    suites = []
-    for completion, prompt, check, name in rows:
-        row = {"code_prompt": prompt, "test": check, "entry_point": name}
-        program = build_program(completion_text(completion), row)
-        suites.append([] if program is None else [program])
-    return pass_fractions(suites, allow_code_execution, provider)
+    trials = [
+        build_trials(completion_text(completion), {"code_prompt": prompt, "test": check, "entry_point": name})
+        for completion, prompt, check, name in zip(completions, code_prompt, test, entry_point, strict=True)
+    ]
+    return [suite.fraction for suite in run_suites(trials, allow_code_execution, provider)]
 
 
 def make_reward(
@@ -118,9 +117,12 @@ def make_reward(
 
 
 def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`correct` of one completion; runs it, so that it needs TRL_DLLM_ALLOW_CODE_EXECUTION=1. Raises as the reward."""
-    columns: dict[str, Any] = {name: [row[name]] for name in ("code_prompt", "test", "entry_point")}
-    return {"correct": humaneval_reward([text], **columns) == [1.0]}
+    """
+    `correct` of one completion, and how its test was judged (see `programs.judged`); permissions and errors as the
+    reward's.
+    """
+    (suite,) = run_suites([build_trials(text, row)], None, "local")
+    return {"correct": suite.passed == 1, **judged(suite)}
 
 
 TASK = Task(

@@ -5,10 +5,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..sandbox import CodeExecutionProvider, pass_fractions
+from ..sandbox import CodeExecutionProvider, Trial, run_suites
 from .base import Task, check_load_arguments, completion_text, without_end_tokens
 from .data import choose, read_rows, to_dataset
-from .programs import MAX_CODE, code_format_reward, extract_code, future_first, with_execution
+from .programs import MAX_CODE, code_format_reward, extract_code, future_first, judged, with_execution
 
 
 FILES = {"train": "mbpp/train.jsonl", "validation": "mbpp/validation.jsonl", "test": "mbpp/test.jsonl"}
@@ -58,15 +58,16 @@ def load(
     return to_dataset(prompts, completions, columns, prompt_format)
 
 
-def build_programs(text: str, row: Mapping[str, Any]) -> list[str]:
-    """One program for each assertion, each with the whole of the completion's code; none for what is too long."""
+def build_trials(text: str, row: Mapping[str, Any]) -> list[Trial]:
+    """One trial for each assertion, each with the whole of the completion's code; none for what is too long."""
     code = extract_code(text)
     if code is None:
         code = without_end_tokens(text)
     if len(code) > MAX_CODE:
         return []
-    head = f"{future_first(code)}\n\n{row.get('test_setup') or ''}\n\n"
-    return [f"{head}{assertion}\n" for assertion in row["test_list"]]
+    setup = row.get("test_setup") or ""
+    program = f"{future_first(code)}\n\n{setup}\n\n"
+    return [Trial(program, assertion, script=f"{program}{assertion}\n", setup=setup) for assertion in row["test_list"]]
 
 
 def mbpp_reward(
@@ -80,16 +81,16 @@ def mbpp_reward(
     """
     The fraction of the assertions that hold, each in a run of its own; one that never ends costs the others nothing.
 
-    Runs generated programs: see `trl_dllm.sandbox`. Raises `PermissionError` unless
-    `allow_code_execution` is true or TRL_DLLM_ALLOW_CODE_EXECUTION=1 is set, and `SandboxUnavailable` where
-    the local provider has no sandbox. d1 has no such reward.
+    Runs generated programs: see `trl_dllm.sandbox`. Raises `PermissionError` unless `allow_code_execution` is true or
+    TRL_DLLM_ALLOW_CODE_EXECUTION=1 is set, and `SandboxUnavailable` where the local provider has no sandbox. d1 has no
+    such reward.
     """
     setups = [""] * len(completions) if test_setup is None else test_setup
-    suites = [
-        build_programs(completion_text(completion), {"test_list": tests, "test_setup": setup})
+    trials = [
+        build_trials(completion_text(completion), {"test_list": tests, "test_setup": setup})
         for completion, tests, setup in zip(completions, test_list, setups, strict=True)
     ]
-    return pass_fractions(suites, allow_code_execution, provider)
+    return [suite.fraction for suite in run_suites(trials, allow_code_execution, provider)]
 
 
 def make_reward(
@@ -100,10 +101,12 @@ def make_reward(
 
 
 def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """`correct` (all assertions hold) and `tests_passed` (their fraction); permissions and errors as the reward's."""
-    columns: dict[str, Any] = {"test_list": [row["test_list"]], "test_setup": [row.get("test_setup") or ""]}
-    fraction = mbpp_reward([text], **columns)[0]
-    return {"correct": fraction == 1.0, "tests_passed": fraction}
+    """
+    `correct` (all assertions hold), `tests_passed` (their fraction), and how they were judged (see `programs.judged`);
+    permissions and errors as the reward's.
+    """
+    (suite,) = run_suites([build_trials(text, row)], None, "local")
+    return {"correct": suite.fraction == 1.0, "tests_passed": suite.fraction, **judged(suite)}
 
 
 TASK = Task(name="mbpp", load=load, rewards={"tests": mbpp_reward, "code_format": code_format_reward}, score=score)

@@ -4,7 +4,7 @@ import ast
 import re
 from collections.abc import Callable
 
-from ..sandbox import CodeExecutionProvider
+from ..sandbox import CodeExecutionProvider, Suite
 from .base import completion_text, last_answer, without_end_tokens
 
 
@@ -57,6 +57,14 @@ def code_format_reward(completions: list, **kwargs) -> list[float]:
         0.0 if code is None or not code.strip() else 1.0 if len(code) <= MAX_CODE and parses(code) else 0.5
         for code in codes
     ]
+
+
+def judged(suite: Suite) -> dict[str, int]:
+    """
+    Columns of a score: how many tests were judged outside the program's process, which no program can fool, and how
+    many inside, where a program that sets out to can pass whatever it does. See `trl_dllm.sandbox`.
+    """
+    return {"judged_outside": suite.outside, "judged_inside": suite.inside}
 
 
 def with_execution(

@@ -17,6 +17,10 @@ from .syscalls import (
     mount,
     pivot_root,
 )
+from .usage import MAX_INODES
+
+
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 
 def python_paths() -> list[str]:
@@ -45,8 +49,8 @@ def build_root(limits: Limits, uid: int | None, gid: int | None) -> None:
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     root = next(path for path in ("/sys", "/mnt", "/tmp") if os.path.isdir(path))  # private: nobody else sees it
     paths = python_paths()
-    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={limits.disk_bytes},nr_inodes=8192,mode=755")
-    for path in [*paths, "/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]:
+    mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, f"size={limits.disk_bytes},nr_inodes={MAX_INODES},mode=755")
+    for path in [*paths, *DEVICES]:
         target = root + path
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.islink(path) and path.count("/") == 1:
@@ -60,7 +64,7 @@ def build_root(limits: Limits, uid: int | None, gid: int | None) -> None:
         if not path.startswith("/dev/"):
             make_read_only(target)
     os.mkdir(root + "/proc")
-    # Fails in a container that hides parts of its own /proc; everything but the count of memory works without it.
+    # Fails in a container that hides parts of its own /proc; a program can do without it.
     with contextlib.suppress(OSError):
         mount("proc", root + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.mkdir(root + "/work", 0o700)

@@ -1,18 +1,16 @@
 """Where the process that `sandbox.run` starts begins."""
 
-import json
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from .bubblewrap import run_in_bubblewrap
-from .monitor import monitor
 from .namespaces import run_in_namespaces
 from .other_user import run_as_other_user
-from .request import Limits, Report, Request, Unavailable
+from .request import MAX_BYTES, UNAVAILABLE, Report, Request, Unavailable, read_report, write_report
 from .syscalls import PR_SET_PDEATHSIG, prctl
+from .wire import decode, encode
 
 
 KINDS: dict[str, Callable[[Request], Report]] = {
@@ -23,28 +21,45 @@ KINDS: dict[str, Callable[[Request], Report]] = {
 
 
 def main() -> None:
-    """Read a request, run it in a sandbox of its kind, write the report (or {"unavailable": why})."""
+    """
+    Read requests, run each in a sandbox of its own, write their reports.
+
+    One request is a script. Two are a candidate and its judge, between which there is a channel.
+    """
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    request = read_request()
-    if os.getppid() != request.parent:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # PID 1 of a namespace is spared what it has no handler for
+    requests = [Request.of(fields) for fields in decode(sys.stdin.buffer.read())]
+    if os.getppid() != requests[0].parent:
         return  # it died before the first line
-    report: dict[str, Any]
+    if len(requests) == 2:
+        calls, answers = os.pipe(), os.pipe()
+        requests = [
+            requests[0]._replace(channel=(calls[0], answers[1])),
+            requests[1]._replace(channel=(answers[0], calls[1])),
+        ]
+    channels = [fd for request in requests for fd in request.channel]
+    reports = [start(request, [fd for fd in channels if fd not in request.channel]) for request in requests]
+    for fd in channels:
+        os.close(fd)
+    sys.stdout.buffer.write(encode([read_report(fd) for fd in reports], limit=MAX_BYTES))
+
+
+def start(request: Request, others: list[int]) -> int:
+    """Run a request in a process of its own, without the descriptors of `others`; where its report can be read."""
+    request = request._replace(parent=os.getpid())
+    reading, writing = os.pipe()
+    if os.fork():
+        os.close(writing)
+        return reading
     try:
-        report = KINDS[request.kind](request)._asdict()
-    except (Unavailable, OSError) as error:
-        report = {"unavailable": str(error)}
-    json.dump(report, sys.stdout)
-
-
-def main_inside() -> None:
-    """The same where the sandbox has been made by bubblewrap, around this very process."""
-    request = read_request()
-    with open(os.dup(1), "w") as answer:
-        for fd in (0, 1):
-            os.dup2(2, fd)
-        json.dump(monitor(request)._asdict(), answer)
-
-
-def read_request() -> Request:
-    request = Request(*json.load(sys.stdin))
-    return request._replace(limits=Limits(*request.limits))
+        for fd in (reading, *others):
+            os.close(fd)
+        if request.kind != "uid":  # which has to end its program first, see `Surroundings.abandoned`
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        try:
+            report = KINDS[request.kind](request)
+        except (Unavailable, OSError) as error:
+            report = Report(UNAVAILABLE, "", str(error), 0.0)
+        write_report(writing, report)
+    finally:
+        os._exit(0)

@@ -5,6 +5,9 @@ import resource
 from .request import Limits
 
 
+OPEN_FILES = 64
+
+
 def limit(what: int, value: int) -> None:
     """Set both limits to `value`, or to what is allowed at most where that is less."""
     _, hard = resource.getrlimit(what)
@@ -18,8 +21,10 @@ def limit_this_process(limits: Limits) -> None:
     seconds = int(limits.timeout) + 2
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     limit(resource.RLIMIT_FSIZE, limits.file_bytes)
-    limit(resource.RLIMIT_NOFILE, 64)
-    limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_MEMLOCK, 0)
-    limit(resource.RLIMIT_MSGQUEUE, 0)
+    limit(resource.RLIMIT_NOFILE, OPEN_FILES)
+    # One byte, not none: the kernel takes that as "not even to the program that collects crashes of this machine".
+    limit(resource.RLIMIT_CORE, 1)
+    for what in ("MEMLOCK", "MSGQUEUE", "NICE", "RTPRIO"):
+        limit(getattr(resource, f"RLIMIT_{what}"), 0)
+    limit(resource.RLIMIT_SIGPENDING, 256)
     limit(resource.RLIMIT_AS, limits.memory_bytes)

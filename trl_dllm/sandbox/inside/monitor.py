@@ -6,15 +6,37 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-from .program import become_program
-from .request import Limits, Report, Request
+from .main import EXITED_EARLY
+from .meter import Meter
+from .program import NO_FILTER, NOT_STARTED, become_program, payload
+from .request import Report, Request
 from .syscalls import PR_SET_DUMPABLE, anonymous_file, prctl
-from .usage import resident_bytes, written_bytes
+from .usage import ProcessTree
 
 
-LOOK_EVERY = 0.05  # seconds between two counts of memory and disk
 VERDICT_BYTES = 4096
+
+
+class Surroundings(NamedTuple):
+    """
+    What a kind of sandbox provides.
+
+    Attributes:
+        tree: the processes below the monitor.
+        disk: what files take, see `Meter`.
+        uid, gid: the program's user and group, None for the monitor's own.
+        end: ends every process that is left; unneeded in a PID namespace, which ends with the monitor.
+        abandoned: has the caller gone? Where the kernel would end the monitor too, it need not ask.
+    """
+
+    tree: ProcessTree
+    disk: Callable[[list[str]], int]
+    uid: int | None = None
+    gid: int | None = None
+    end: Callable[[], None] = lambda: None
+    abandoned: Callable[[], bool] = lambda: False
 
 
 class Pipe:
@@ -44,55 +66,42 @@ class Pipe:
         return self.content.decode("utf-8", "replace")
 
 
-def monitor(
-    request: Request, uid: int | None = None, gid: int | None = None, kill_all: Callable[[], None] | None = None
-) -> Report:
-    """
-    Run the program and return the report.
-
-    In a PID namespace everything ends with this process. Elsewhere `kill_all()` ends what is left, and memory and disk
-    are those of the user and of the working directory.
-    """
+def monitor(request: Request, around: Surroundings) -> Report:
+    """Run the program and return the report."""
     prctl(PR_SET_DUMPABLE, 0)  # a program of the same user could otherwise write to this process's memory
     nonce = os.urandom(16).hex().encode()
-    source = anonymous_file(nonce + request.code.encode("utf-8", "surrogatepass"))
     stdin = anonymous_file(request.stdin.encode("utf-8", "surrogatepass"))
+    source = anonymous_file(payload(request, nonce))
     stdout, stderr = (Pipe(request.limits.output_bytes) for _ in range(2))
     verdict = Pipe(VERDICT_BYTES)
     pipes = [stdout, stderr, verdict]
+    new_processes = around.tree.works()
     start = time.monotonic()
     child = os.fork()
     if child == 0:
         try:
-            become_program(request, (stdin, *(pipe.writing for pipe in pipes), source), uid, gid)
+            descriptors = (stdin, *(pipe.writing for pipe in pipes), source)
+            become_program(request, descriptors, around.uid, around.gid, new_processes)
         except BaseException as error:
             os.write(2, (f"{type(error).__name__}: {error}\n").encode())
         finally:
-            os._exit(122)
-    for fd in (source, stdin, *(pipe.writing for pipe in pipes)):
+            os._exit(NOT_STARTED)
+    for fd in (source, stdin, *(pipe.writing for pipe in pipes), *request.channel):
         os.close(fd)
-
-    def excess() -> str | None:
-        if resident_bytes(None if kill_all is None else uid) > request.limits.memory_bytes:
-            return "memory"
-        if kill_all is not None and written_bytes(request.work) > request.limits.disk_bytes:
-            return "disk"
-        return None
-
-    end = watch(child, pipes, start, request.limits, excess)
+    meter = Meter(request.limits, around.tree, around.disk)
+    end = watch(child, pipes, start + request.limits.timeout, meter, around.abandoned)
     left = False
     if isinstance(end, int):
         for pipe in pipes:  # what they still hold was written before the end
             pipe.drain()
         left = children_left()
     seconds = time.monotonic() - start
-    if kill_all is not None:
-        kill_all()
+    around.end()
     reason = explain(end, verdict.content == nonce, left) if isinstance(end, int) else end
     return Report(reason, stdout.text, stderr.text, seconds)
 
 
-def watch(child: int, pipes: list[Pipe], start: float, limits: Limits, excess: Callable[[], str | None]) -> int | str:
+def watch(child: int, pipes: list[Pipe], deadline: float, meter: Meter, abandoned: Callable[[], bool]) -> int | str:
     """The status with which the program ended, or else why it has to be stopped."""
     poller, handle = select.poll(), None
     for pipe in pipes:
@@ -102,16 +111,17 @@ def watch(child: int, pipes: list[Pipe], start: float, limits: Limits, excess: C
         poller.register(handle, select.POLLIN)
     next_look = 0.0
     while True:
-        elapsed = time.monotonic() - start
-        if elapsed > limits.timeout:
+        if time.monotonic() > deadline:
             return "timeout"
-        if elapsed >= next_look:
-            next_look = elapsed + LOOK_EVERY
-            reason = excess()
-            if reason is not None:
-                return reason
-        wait = min(limits.timeout - elapsed, LOOK_EVERY) if handle is not None else 0.005
-        ready = {fd for fd, _ in poller.poll(1000 * wait)}
+        if time.monotonic() >= next_look:
+            if abandoned():
+                return "abandoned"
+            look = meter.look()
+            if look.reason is not None:
+                return look.reason
+            next_look = time.monotonic() + look.wait
+        wait = min(deadline, next_look) - time.monotonic() if handle is not None else 0.005
+        ready = {fd for fd, _ in poller.poll(1000 * max(wait, 0.0))}
         for pipe in pipes:
             if pipe.reading in ready:
                 pipe.drain()
@@ -156,9 +166,9 @@ def explain(status: int, has_nonce: bool, left: bool) -> str:
         number = os.WTERMSIG(status)
         return "timeout" if number == signal.SIGXCPU else f"killed by signal {number}"
     code = os.WEXITSTATUS(status)
-    if code in (121, 122):
+    if code in (NO_FILTER, NOT_STARTED):
         return "sandbox"
-    if code == 120 or (code == 0 and not has_nonce):
+    if code == EXITED_EARLY or (code == 0 and not has_nonce):
         return "exited early"
     if code != 0:
         return "failed"

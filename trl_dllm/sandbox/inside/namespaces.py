@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import json
 import operator
 import os
 import signal
@@ -10,9 +9,10 @@ import sys
 
 from .files import build_root
 from .filter import ARCHITECTURES
-from .monitor import monitor
-from .request import Report, Request, Unavailable
+from .monitor import Surroundings, monitor
+from .request import UNAVAILABLE, Report, Request, Unavailable, read_report, write_report
 from .syscalls import CLONE_FLAGS, PR_SET_PDEATHSIG, call, prctl
+from .usage import ProcessTree
 
 
 def run_in_namespaces(request: Request) -> Report:
@@ -26,11 +26,10 @@ def run_in_namespaces(request: Request) -> Report:
         os.close(answer[0])
         os.close(mapped[1])
         try:
-            report = _set_up(request, root, ready[1], mapped[0])._asdict()
+            report = _set_up(request, root, ready[1], mapped[0])
         except BaseException as error:
-            report = {"unavailable": f"{type(error).__name__}: {error}"}
-        with open(answer[1], "w") as file:
-            json.dump(report, file)
+            report = Report(UNAVAILABLE, "", f"{type(error).__name__}: {error}", 0.0)
+        write_report(answer[1], report)
         os._exit(0)
     for fd in (ready[1], mapped[0], answer[1]):
         os.close(fd)
@@ -41,13 +40,9 @@ def run_in_namespaces(request: Request) -> Report:
     except OSError as error:
         sys.stderr.write(f"{error}\n")
     os.close(mapped[1])
-    with open(answer[0]) as file:
-        text = file.read()
+    report = read_report(answer[0])
     os.waitpid(setup, 0)
-    report = json.loads(text) if text else {"unavailable": "the sandbox ended without a report"}
-    if "unavailable" in report:
-        raise Unavailable(report["unavailable"])
-    return Report(**report)
+    return report
 
 
 def _set_up(request: Request, root: bool, ready: int, mapped: int) -> Report:
@@ -65,8 +60,9 @@ def _set_up(request: Request, root: bool, ready: int, mapped: int) -> Report:
     for fd in (0, 1):
         os.dup2(2, fd)
     uid, gid = (1000, 1000) if root else (None, None)
+    tree = ProcessTree()  # by the old /proc: a new one cannot be mounted everywhere
     build_root(request.limits, uid, gid)
-    return monitor(request._replace(work="/work"), uid, gid)
+    return monitor(request, Surroundings(tree, lambda pids: 0, uid, gid))
 
 
 def write_maps(pid: int, root: bool) -> None:

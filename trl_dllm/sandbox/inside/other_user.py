@@ -1,12 +1,23 @@
-"""The kind "uid": for root where no namespaces can be made."""
+"""
+The kind "uid": for root where no namespaces can be made.
+
+Where the kernel has Landlock, the program reads Python's folders and its working directory, writes to the latter, and
+nothing else. Where not, it may do what any user of the machine may: what it leaves in the usual places is counted and
+removed.
+"""
 
 import os
-import shutil
 import signal
 
-from .monitor import children_left, monitor
+from .folders import remove_folder
+from .landlock import landlock_version
+from .monitor import Surroundings, children_left, monitor
 from .request import Report, Request, Unavailable
 from .syscalls import PR_SET_CHILD_SUBREAPER, prctl
+from .usage import ProcessTree, written_bytes
+
+
+PLACES = ("/tmp", "/var/tmp", "/dev/shm")  # where any user may write
 
 
 def run_as_other_user(request: Request) -> Report:
@@ -15,10 +26,35 @@ def run_as_other_user(request: Request) -> Report:
         raise Unavailable("another user id needs root")
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     uid = 1_000_000_000 + int.from_bytes(os.urandom(4), "big") % 1_000_000_000
-    os.chown(request.work, uid, uid)
-    report = monitor(request, uid, uid, lambda: kill_all(uid))
-    remove_files(uid, request.work)
-    return report
+    tree = ProcessTree()
+
+    def disk(pids: list[str]) -> int:
+        below = sum(written_bytes(path) for path in [request.work, *elsewhere(uid)])
+        return below + tree.open_files(pids).deleted + tree.deleted_mappings(pids) * request.limits.file_bytes
+
+    os.mkdir(request.work, 0o700)
+    try:
+        os.chown(request.work, uid, uid)
+        around = Surroundings(tree, disk, uid, uid, lambda: kill_all(uid), lambda: os.getppid() != request.parent)
+        return monitor(request, around)
+    finally:
+        for path in [request.work, *elsewhere(uid)]:
+            remove_folder(path)
+
+
+def elsewhere(uid: int) -> list[str]:
+    """Files and folders of the user in the usual places; with Landlock there can be none."""
+    if landlock_version():
+        return []
+    found = []
+    for place in PLACES:
+        for entry in os.scandir(place) if os.path.isdir(place) else ():
+            try:
+                if entry.stat(follow_symlinks=False).st_uid == uid:
+                    found.append(entry.path)
+            except OSError:
+                pass
+    return found
 
 
 def kill_all(uid: int) -> None:
@@ -35,17 +71,3 @@ def kill_all(uid: int) -> None:
         os.waitpid(killer, 0)
         if not children_left():
             return
-
-
-def remove_files(uid: int, keep: str) -> None:
-    """Remove what the user wrote where any user may write, but for the folder `keep`."""
-    for folder in ("/tmp", "/var/tmp", "/dev/shm"):
-        for entry in os.scandir(folder) if os.path.isdir(folder) else ():
-            try:
-                if entry.stat(follow_symlinks=False).st_uid == uid and entry.path != keep:
-                    if entry.is_dir(follow_symlinks=False):
-                        shutil.rmtree(entry.path, ignore_errors=True)
-                    else:
-                        os.unlink(entry.path)
-            except OSError:
-                pass
