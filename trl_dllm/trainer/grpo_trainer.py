@@ -17,8 +17,8 @@ import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
 from .data import check_grpo_data, check_text
 from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
-from .loss import is_separable, sub_sample_weights, token_weights, wd1_weights
+from .loss import backward, deferred_sync, is_separable, sub_sample_weights, token_weights, wd1_advantages
 from .metrics import record_generation, record_kl, record_mismatch
 from .model_card import rewrite_quick_start
 from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
@@ -228,7 +228,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             outputs.pop(name, None)
         outputs |= self._old_and_reference_logps(rollout)
         if self.args.loss_type == "wd1":
-            outputs["advantages"] = self._wd1_advantages(outputs["advantages"])
+            outputs["advantages"] = wd1_advantages(self, outputs["advantages"])
         if self.model.training:  # the run's cost is that of training
             self.flops.counted += rollout.flops
             paper = self.args.paper_flops(len(rollout), self._parameters, self._frozen_backbone, self.estimator)
@@ -302,13 +302,6 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             return running
         flag = torch.tensor([running], dtype=torch.int64, device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).any())
-
-    def _wd1_advantages(self, advantages: Tensor) -> Tensor:
-        """wd1's weights of this process's completions; a group may be spread over processes."""
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        weights = wd1_weights(self.accelerator.gather(advantages).view(-1, size)).flatten()
-        start = self.accelerator.process_index * len(advantages)
-        return weights[start : start + len(advantages)]
 
     # ---------------------------------------------------------------------------------- old and reference log-probs
 
@@ -467,28 +460,10 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
     def _segmented_loss(self, model, inputs: dict, views: int, score: Callable, loss: Callable) -> Tensor:
         """TRL's loss, one forward and one backward at a time; see `segmented_backward`."""
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-
-        @contextmanager
-        def defer_sync():
-            # Otherwise DDP would reduce gradients, and DeepSpeed's wrapper step the optimizer, once a view.
-            state = self.accelerator.gradient_state
-            before = state.sync_gradients
-            state._set_sync_gradients(False)
-            try:
-                # FSDP's no_sync would keep whole gradients in memory; reducing them once a view costs traffic only.
-                with nullcontext() if deepspeed or self.is_fsdp_enabled else self.accelerator.no_sync(model):
-                    yield
-            finally:
-                state._set_sync_gradients(before)
-
-        def backward(surrogate: Tensor) -> None:
-            self.accelerator.backward(surrogate, **({"scale_wrt_gas": False} if deepspeed else {}))
-
         unscored_logps = None
         if self._separable:
             unscored_logps = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
-        return segmented_backward(views, score, loss, backward, defer_sync, unscored_logps)
+        return segmented_backward(views, score, loss, partial(backward, self), partial(deferred_sync, self, model), unscored_logps)
 
     # ---------------------------------------------------------------------------------------------------- model card
 

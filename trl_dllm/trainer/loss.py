@@ -1,11 +1,15 @@
-"""What a token counts for in TRL's losses.
+"""What a token counts for in TRL's losses, and how a part of a loss is back-propagated.
 
 TRL's `_compute_loss` stays as it is. These functions say how it weighs a token, where something is computed beside it
 or put into it: sub-sampled estimators, wd1, and the KL over the whole vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
-from torch import Tensor
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 
 
 # Losses whose gradient with respect to a token's log-prob depends on that log-prob alone.
@@ -77,3 +81,37 @@ def wd1_weights(advantages: Tensor) -> Tensor:
     """
     weights = torch.softmax(advantages, dim=1) - torch.softmax(-advantages, dim=1)
     return advantages.shape[1] * weights
+
+
+def wd1_advantages(trainer, advantages: Tensor) -> Tensor:
+    """wd1's weights (B,) of this process's completions; a group may be spread over processes."""
+    size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    weights = wd1_weights(trainer.accelerator.gather(advantages).view(-1, size)).flatten()
+    start = trainer.accelerator.process_index * len(advantages)
+    return weights[start : start + len(advantages)]
+
+
+def _is_deepspeed(trainer) -> bool:
+    return trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+@contextmanager
+def deferred_sync(trainer, model: nn.Module) -> Iterator[None]:
+    """Accumulate gradients without synchronising them between processes, and without an optimizer step.
+
+    Otherwise DDP would reduce gradients, and DeepSpeed's wrapper step the optimizer, once a view.
+    """
+    state = trainer.accelerator.gradient_state
+    before = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        # FSDP's no_sync would keep whole gradients in memory; reducing them once a view costs traffic only.
+        with nullcontext() if _is_deepspeed(trainer) or trainer.is_fsdp_enabled else trainer.accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(before)
+
+
+def backward(trainer, loss: Tensor) -> None:
+    """Back-propagate a part of a loss that is scaled for gradient accumulation already."""
+    trainer.accelerator.backward(loss, **({"scale_wrt_gas": False} if _is_deepspeed(trainer) else {}))
