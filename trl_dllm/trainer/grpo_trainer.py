@@ -463,7 +463,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         unscored_logps = None
         if self._separable:
             unscored_logps = inputs.get("old_per_token_logps", torch.zeros_like(inputs["rollout_logps"]))
-        return segmented_backward(views, score, loss, partial(backward, self), partial(deferred_sync, self, model), unscored_logps)
+        return segmented_backward(
+            views, score, loss, partial(backward, self), partial(deferred_sync, self, model), unscored_logps
+        )
 
     # ---------------------------------------------------------------------------------------------------- model card
 

@@ -106,7 +106,9 @@ def deferred_sync(trainer, model: nn.Module) -> Iterator[None]:
     state._set_sync_gradients(False)
     try:
         # FSDP's no_sync would keep whole gradients in memory; reducing them once a view costs traffic only.
-        with nullcontext() if _is_deepspeed(trainer) or trainer.is_fsdp_enabled else trainer.accelerator.no_sync(model):
+        with (
+            nullcontext() if _is_deepspeed(trainer) or trainer.is_fsdp_enabled else trainer.accelerator.no_sync(model)
+        ):
             yield
     finally:
         state._set_sync_gradients(before)
