@@ -119,7 +119,7 @@ def test_the_card_of_a_model_made_in_memory_runs_from_any_folder(tmp_path, monke
     trainer = build("run", decoding="any_order", cache="exact", estimator="any_order", save_strategy="steps")
     trainer.train()
     trainer.save_model()
-    card = Path("run/README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
     assert "None" not in card and "made in memory" in card
     settings = DiffusionGenerationConfig(
         8, block_length=4, diffusion_steps=4, temperature=0.0, decoding="any_order", cache="exact"
