@@ -35,7 +35,11 @@ SHRUNK = {
 NOT_RUN = {
     "pip install": "it changes the environment that the tests run in, and needs a package index",
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
+    "python docs/examples/engine_server.py": "it serves for ever; test_engines.py runs it",
 }
+
+# Pages whose Python needs something beside it, and the test that runs it.
+ELSEWHERE = {"docs/engines.md": "tests/docs/test_engines.py"}
 
 NOT_CODE = {"", "diff", "math"}  # output, a comparison, a formula
 
@@ -89,6 +93,9 @@ def bfloat16(monkeypatch):
 
 @pytest.mark.parametrize("page", of_language("python"), ids=name)
 def test_python_blocks_run(page, folder, bfloat16):
+    if name(page) in ELSEWHERE:
+        assert Path(name(page)).name in (ROOT / ELSEWHERE[name(page)]).read_text()
+        pytest.skip(f"run by {ELSEWHERE[name(page)]}")
     run_python(page.read_text(), str(page))
 
 

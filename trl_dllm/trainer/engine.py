@@ -42,8 +42,8 @@ def check_engine(args: Any, rollout_func: Callable | None) -> None:
     """Refuse settings that do not go with completions of another sampler.
 
     Raises:
-        ValueError: truncation, whose support an engine does not report; bounds that exclude each other; or sequence
-            weights for a loss that reads a token's.
+        ValueError: truncation, whose support an engine does not report; or sequence weights for a loss that multiplies
+            tokens' itself.
     """
     if rollout_func is not None and args.truncates:
         raise ValueError(
@@ -51,15 +51,8 @@ def check_engine(args: Any, rollout_func: Callable | None) -> None:
             "could have drawn is not known, and scores among all of them would be of another distribution. Draw "
             "without truncation."
         )
-    if not corrects(args, rollout_func):
-        return
-    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
-    if low is not None and high is not None and low > high:
-        raise ValueError(
-            f"vllm_importance_sampling_clip_min={low} is above vllm_importance_sampling_clip_max={high}; no ratio "
-            "lies between them."
-        )
-    if args.loss_type == "vespo" and args.vllm_importance_sampling_mode.startswith("sequence"):
+    sequences = args.vllm_importance_sampling_mode.startswith("sequence")
+    if sequences and args.loss_type == "vespo" and corrects(args, rollout_func):
         raise ValueError(
             f"vllm_importance_sampling_mode={args.vllm_importance_sampling_mode!r} with loss_type='vespo', which "
             "multiplies the tokens' weights itself. Set 'token_truncate' or 'token_mask'."
