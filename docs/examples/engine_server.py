@@ -6,7 +6,8 @@ It answers like TRL's vLLM server, with the trajectory beside the tokens:
 
 - `GET /health/`;
 - `POST /generate/`: {prompts, max_tokens, temperature, seeds} -> {prompt_ids, completion_ids, logprobs, canvas_ids,
-  step_maps}. Prompts are text or messages. A step map is SGLang's: the decoding step of each token, from 1; 0 for never.
+  step_maps}. Prompts are text or messages. A step map is
+  SGLang's: the decoding step of each token, from 1; 0 for never.
 - `POST /update_weights/`: {folder} -> {}: the weights that `save_pretrained` wrote there.
 """
 
