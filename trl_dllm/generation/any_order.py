@@ -76,7 +76,7 @@ class CachedAnyOrderDecoding(Denoising):
 
     def _run(self, ids, positions, pattern, head_rows, reduce, keys, *args) -> Tensor:
         layout = Layout(ids, positions, pattern)
-        with _dense_attention(unwrap(self.model)):
+        with dense_attention(unwrap(self.model)):
             inputs = view_inputs(self.model, layout, dense=True) | {"past_key_values": self.cache, "use_cache": True}
             out = apply_head(self.model, inputs, head_rows, reduce, *args)
         self.num_forwards += 1
@@ -142,7 +142,7 @@ def _place_in_row(row: Tensor, counts: Tensor) -> Tensor:
 
 
 @contextmanager
-def _dense_attention(model: PreTrainedModel):
+def dense_attention(model: PreTrainedModel):
     """FlexAttention would be compiled anew for every chunk; small rectangular masks go to sdpa."""
     before = model.config._attn_implementation
     if before == "flex_attention":

@@ -56,7 +56,7 @@ class Denoising:
 
     def step(self) -> None:
         """One forward of the rows that are still decoding, and the tokens that it reveals."""
-        config, active = self.config, self.active.nonzero().squeeze(1)
+        config, active = self.config, self.next_rows()
         if len(active) == 0:  # other processes are still decoding: a forward of a spare row keeps them company
             none = active.new_zeros(0)
             Denoising.forward(self, active.new_zeros(1), none, none, lambda logits: logits[..., :1])
@@ -83,6 +83,10 @@ class Denoising:
         self.taken[active] += 1
         self.taken_in_block[active] += 1
         self._next_block(active)
+
+    def next_rows(self) -> Tensor:
+        """The rows of the next forward, int64 (n,): those that are still decoding."""
+        return self.active.nonzero().squeeze(1)
 
     def _next_block(self, active: Tensor) -> None:
         """Move the rows whose block is complete to the next one, or finish them."""
