@@ -352,6 +352,41 @@ def test_full_kl_and_its_gradient_are_those_of_full_logits(tmp_path, loss_type, 
     assert logged == pytest.approx(((kl.detach() * mask).sum() / mask.sum()).item(), rel=1e-5)
 
 
+FILTERS = {
+    "off-policy mask": {"off_policy_mask_threshold": 0.05},
+    "entropy quantile": {"top_entropy_quantile": 0.5},
+    "entropy bonus": {"entropy_coef": 0.1},
+}
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_and_the_entropy_bonus_go_with_the_full_kl(tmp_path, name, loss_type):
+    """They see all views together, and the KL counts at every counted token, whatever they leave out."""
+    found = []
+    settings = {"kl_estimator": "full", "loss_type": loss_type}
+    for trainer_class in (DiffusionGRPOTrainer, OneGraphTrainer):
+        trainer = make_trainer(
+            tmp_path, StepMerge(2), trainer_class=trainer_class, max_completion_length=6, block_length=6, **settings
+        )
+        inputs = with_old_and_ref(trainer, micro_batch(trainer, canvas=6, lengths=(6, 5, 3, 6)), StepMerge(2))
+        inputs["old_per_token_logps"][3] += 0.3  # off-policy as a whole; row 1 is so in one of its views alone
+        _, plain = gradient(trainer, inputs)
+        for field, value in FILTERS[name].items():
+            setattr(trainer, field, value)
+        trainer._entropy_bonus_enabled = name == "entropy bonus"
+        assert not trainer._separable
+        found.append(gradient(trainer, inputs))
+        assert (found[-1][1] - plain).abs().max() > 1e-3 * plain.abs().max(), "nothing was filtered"
+    (loss, segmented), (one_loss, one_graph) = found
+    assert loss == pytest.approx(one_loss, rel=1e-6)
+    assert (segmented - one_graph).abs().max() < 1e-6 * one_graph.abs().max()
+    kl = brute_force_kl(trainer, inputs, StepMerge(2)).detach()
+    trainer.beta = 0.0
+    without, _ = gradient(trainer, inputs)
+    assert loss - without == pytest.approx((BETA * normalised(loss_type, kl, inputs)).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("estimator", [PseudoLikelihood(2), MeanField(), Elbo(2)], ids=lambda e: type(e).__name__)
 def test_identity_10_full_kl_of_an_identical_reference_is_zero(tmp_path, estimator, peft):
