@@ -46,11 +46,10 @@ def test_every_field_stands_in_exactly_one_list():
     assert [name for name, times in listed.items() if times > 1] == []
     assert FIELDS.keys() - listed.keys() == set(), "say in docs/trl_options.md what becomes of them"
     # An older version may lack a field; the one that the page was written for lacks none.
-    (of_trl,), (of_transformers,) = (
-        re.findall(r"TRL (\d+\.\d+)", PAGE),
-        re.findall(r"transformers (\d+\.\d+\.\d+)", PAGE),
+    older = any(
+        Version(module.__version__) < Version(re.findall(rf"{name} (\d+\.\d+\.\d+)", PAGE)[0])
+        for name, module in (("TRL", trl), ("transformers", transformers))
     )
-    older = Version(trl.__version__) < Version(of_trl) or Version(transformers.__version__) < Version(of_transformers)
     assert older or listed.keys() - FIELDS.keys() == set(), "no supported version has them"
     # Of those that TRL 1.15 with transformers 5.18 has, none is gone; two are new.
     assert listed.keys() - FIELDS.keys() <= {"activation_checkpointing", "activation_checkpointing_kwargs"}
@@ -144,29 +143,11 @@ VALUES: dict[str, Any] = {
 }
 
 # They need a launcher, a device, an account or a file, or change the whole process; all are accepted or handed on.
-ELSEWHERE = set(
-    [
-        "bf16",
-        "fp16",
-        "bf16_full_eval",
-        "fp16_full_eval",
-        "tf32",
-        "full_determinism",
-        "use_cpu",
-        "deepspeed",
-        "fsdp",
-        "fsdp_config",
-        "parallelism_config",
-        "ddp_backend",
-        "push_to_hub",
-        "load_best_model_at_end",
-        "eval_strategy",
-        "output_dir",
-        "resume_from_checkpoint",
-        "enable_jit_checkpoint",
-        "debug",
-    ]
-)
+ELSEWHERE = {
+    *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "full_determinism", "use_cpu", "deepspeed", "fsdp"),
+    *("fsdp_config", "parallelism_config", "ddp_backend", "push_to_hub", "load_best_model_at_end", "eval_strategy"),
+    *("output_dir", "resume_from_checkpoint", "enable_jit_checkpoint"),
+}
 
 
 def another(name: str) -> dict[str, Any]:
