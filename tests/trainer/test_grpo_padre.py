@@ -644,6 +644,30 @@ def test_gradients_of_one_view_at_a_time_are_those_of_one_graph(tmp_path, estima
     assert (segmented - one_graph).abs().max() < 1e-6 * one_graph.abs().max()
 
 
+@pytest.mark.parametrize("beta", [0.0, BETA])
+def test_views_of_very_improbable_tokens_have_the_gradients_of_one_graph(tmp_path, beta):
+    """float32, and old log-probs below -88: exp(0 - old) would be infinite where a view scores nothing, and its slope
+    times the zero there no number."""
+    found = []
+    for trainer_class in (DiffusionGRPOTrainer, OneGraphTrainer):
+        trainer = make_trainer(tmp_path, StepMerge(2), trainer_class=trainer_class, score_temperature=0.02, beta=beta)
+        trainer.model.float()
+        inputs = micro_batch(trainer)
+        rollout = as_rollout(trainer, inputs)
+        with torch.no_grad():
+            old = token_logps(trainer.model, rollout, StepMerge(2), 0.02).logps
+        noise = 0.1 * torch.randn(old.shape, generator=torch.Generator().manual_seed(5))
+        inputs["old_per_token_logps"] = (old + noise).masked_fill(~rollout.counted, 0)[:, None]
+        inputs["ref_per_token_logps"] = inputs["old_per_token_logps"]
+        views = [StepMerge(2).view(rollout, n, rollout.view_seed, 0).targets.ne(-100).any(dim=1) for n in range(2)]
+        assert (old[rollout.counted] < -88).float().mean() > 0.5 and all(view.any() for view in views)
+        found.append(gradient(trainer, inputs))
+    (loss, segmented), (one_loss, one_graph) = found
+    assert loss == pytest.approx(one_loss, rel=1e-5)
+    assert one_graph.isfinite().all() and one_graph.abs().max() > 0
+    assert (segmented - one_graph).abs().max() < 1e-5 * one_graph.abs().max()
+
+
 @pytest.mark.parametrize("redraw", [True, False])
 @pytest.mark.parametrize("name", ["pkl", "pkl_u", "elbo", "coupled_elbo"])
 def test_views_are_drawn_anew_in_each_inner_iteration_unless_told_otherwise(tmp_path, name, redraw):
