@@ -50,7 +50,9 @@ def test_default_parser(text, number):
     assert gsm8k_reward([text], answer=["42"]) == [2.0 if number == 42 else 0.0]
 
 
-@pytest.mark.parametrize("answer, correct", [("7", True), ("7.00", True), ("7.05", False), ("6.9", False), ("14/2", True)])
+@pytest.mark.parametrize(
+    "answer, correct", [("7", True), ("7.00", True), ("7.05", False), ("6.9", False), ("14/2", True)]
+)
 def test_numbers_are_equal_or_they_are_not(answer, correct):
     """Up to what a decimal of a fraction rounds off, 1e-6."""
     assert score(f"<answer>{answer}</answer>", {"answer": "7"})["correct"] == correct

@@ -205,7 +205,11 @@ def test_improbable_tokens_behind_the_eos_do_not_make_the_loss_infinite(tmp_path
         rollout = replace(as_rollout(trainer, batch), counted=batch["unmask_step"] >= 0)
         with torch.no_grad():
             logps = token_logps(trainer.model, rollout, trainer.estimator, temperature=0.01).logps
-        improbable |= bool((logps[~batch["counted"]] < -100).any())
+            scores = trainer._score_views(trainer.model, as_rollout(trainer, batch), 0, 1)
+        uncounted = ~batch["counted"]
+        improbable |= bool((logps[uncounted] < -100).any())
+        tables = [scores.logps, *(batch[f"{policy}_per_token_logps"][:, 0] for policy in ("old", "ref"))]
+        assert all(table[uncounted].eq(0).all() and table[~uncounted].lt(0).any() for table in tables)
     assert improbable, "nothing was tested"
 
 

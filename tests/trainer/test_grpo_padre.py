@@ -652,7 +652,7 @@ def test_views_of_very_improbable_tokens_have_the_gradients_of_one_graph(tmp_pat
     for trainer_class in (DiffusionGRPOTrainer, OneGraphTrainer):
         trainer = make_trainer(tmp_path, StepMerge(2), trainer_class=trainer_class, score_temperature=0.02, beta=beta)
         trainer.model.float()
-        inputs = micro_batch(trainer)
+        inputs = {k: v.float() if v.is_floating_point() else v for k, v in micro_batch(trainer).items()}
         rollout = as_rollout(trainer, inputs)
         with torch.no_grad():
             old = token_logps(trainer.model, rollout, StepMerge(2), 0.02).logps

@@ -11,7 +11,14 @@ from helpers_grpo import build
 from trl import GRPOTrainer
 
 from trl_dllm.likelihood import TokenScores
-from trl_dllm.trainer.loss import SEPARABLE_LOSSES, is_separable, sub_sample_weights, token_weights, wd1_advantages, wd1_weights
+from trl_dllm.trainer.loss import (
+    SEPARABLE_LOSSES,
+    is_separable,
+    sub_sample_weights,
+    token_weights,
+    wd1_advantages,
+    wd1_weights,
+)
 
 
 # Every loss type that the installed TRL's loss tells apart: a new one fails `token_weights` until it is known.

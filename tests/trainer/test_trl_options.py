@@ -159,16 +159,10 @@ def another(name: str) -> dict[str, Any]:
         default = FIELDS[name].default
         if isinstance(default, bool) or (default is None and "bool" in str(FIELDS[name].type)):
             value = not default
-        elif default is None:
+        elif default is None or isinstance(default, str):
             value = "a" if "str" in str(FIELDS[name].type) else 1
         else:
-            value = (
-                (default or 1.0) / 2
-                if isinstance(default, float)
-                else default + 1
-                if isinstance(default, int)
-                else "a"
-            )
+            value = default + 1 if isinstance(default, int) else (default or 1.0) / 2
     return {name: value}
 
 
