@@ -1,14 +1,18 @@
 """What every trainer refuses before any weight is loaded, and what it checks of TRL."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
 from helpers_grpo import as_rollout, build, config, lora, moved, reward, text_prompts, tiny, weights
 from peft import PromptTuningConfig, get_peft_model
+from test_sft_trainer import config as sft_config
+from test_sft_trainer import dataset
 from transformers import AutoConfig, LlamaConfig
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
-from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTTrainer
 from trl_dllm.likelihood import ExactTrajectory, token_logps
 from trl_dllm.trainer.grpo_trainer import _OVERRIDDEN as GRPO_OVERRIDES
 from trl_dllm.trainer.sft_trainer import _OVERRIDDEN as SFT_OVERRIDES
@@ -137,6 +141,32 @@ def test_a_stock_config_with_an_option_that_does_not_apply_is_refused(tmp_path, 
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, repetition_penalty=1.2)
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.2"):
         make(tmp_path, checkpoint(), args=args)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0])
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_a_router_loss_that_the_model_asks_for_is_left_out_with_a_warning(
+    tmp_path, checkpoint, no_weights, kind, coefficient
+):
+    """TRL would take the model's own coefficient where none is given."""
+    folder = checkpoint(llama(is_causal=False, mask_token_id=3, router_aux_loss_coef=0.01))
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(AssertionError, match="weights were loaded"):
+        warnings.simplefilter("always")
+        if kind == "grpo":
+            args = config(tmp_path / "run", router_aux_loss_coef=coefficient)
+            make(tmp_path, folder, args=args)
+        else:
+            args = sft_config(tmp_path / "run", router_aux_loss_coef=coefficient)
+            DiffusionSFTTrainer(folder, args, train_dataset=dataset())
+    assert args.router_aux_loss_coef == 0.0
+    said = [str(w.message) for w in caught if "router" in str(w.message)]
+    assert len(said) == (coefficient is None)
+    assert all("router_aux_loss_coef=0.01 is left out" in line and "router_aux_loss_coef=0.0" in line for line in said)
+
+
+def test_a_model_without_experts_has_no_such_warning(tmp_path, recwarn):
+    build(tmp_path)
+    assert not [w for w in recwarn if "router" in str(w.message)]
 
 
 def test_only_arguments_that_this_version_takes_are_given():

@@ -54,6 +54,7 @@ from .stock import (
     Interface,
     check_trl,
     known_arguments,
+    leave_out_router_loss,
     own_config,
     read_config,
     read_tokenizer,
@@ -137,8 +138,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 f"estimator={estimator!r} must be an Estimator instance, like StepMerge(num_segments=8); a name goes "
                 "into DiffusionGRPOConfig(estimator=…)."
             )
-        args.router_aux_loss_coef = 0.0  # mixture-of-experts configs may bring one of their own
         config = read_config(model, args)
+        leave_out_router_loss(config, args)
         tokenizer = given.get("processing_class") or read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         self.estimator = estimator if estimator is not None else args.build_estimator()

@@ -35,6 +35,7 @@ from .stock import (
     Interface,
     check_trl,
     hub_kwargs,
+    leave_out_router_loss,
     own_config,
     read_config,
     refuse_processor,
@@ -265,6 +266,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
                 "has to fill the answers itself. Remove one or the other."
             )
         config = read_config(model, args)
+        leave_out_router_loss(config, args)
         if isinstance(model, str) and given.get("processing_class") is None:
             given["processing_class"] = AutoProcessor.from_pretrained(model, **hub_kwargs(args))
         refuse_processor(given.get("processing_class"))

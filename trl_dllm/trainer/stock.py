@@ -1,6 +1,7 @@
 """What every trainer here does with TRL: refuse what does not apply, take over its configs, and check its methods."""
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -141,6 +142,21 @@ def read_config(model, args):
     if not isinstance(config, tuple(AutoModelForCausalLM._model_mapping.keys())):
         AutoModelForCausalLM.register(type(config), type(unwrap(model)), exist_ok=True)
     return config
+
+
+def leave_out_router_loss(config, args) -> None:
+    """Turn off the load-balancing loss of a mixture of experts, and warn where the model asks for one.
+
+    TRL takes the model's own coefficient where `router_aux_loss_coef` is None. But the scorer runs masked copies of a
+    completion, several for one loss, whose router logits it does not collect.
+    """
+    own = getattr(config.get_text_config(), "router_aux_loss_coef", None)
+    if args.router_aux_loss_coef is None and own:
+        warnings.warn(
+            f"The model's router_aux_loss_coef={own} is left out: masked diffusion scoring has no load-balancing loss "
+            "of the router. Set router_aux_loss_coef=0.0 to say so."
+        )
+    args.router_aux_loss_coef = 0.0
 
 
 def read_tokenizer(model, args):
