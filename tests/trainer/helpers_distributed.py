@@ -1,17 +1,75 @@
-"""Runs of the GRPO trainer that a single process and a worker of several describe in the same words."""
+"""Runs of the trainers that a single process and a worker of several describe in the same words."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
+from datasets import Dataset
 from helpers_grpo import build, history, lora, losses, tiny, weights
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import BitsAndBytesConfig
 
 from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm.models import head
+
+
+HERE = Path(__file__).parent
+
+
+def launch(
+    folder: Path, checkpoint: str, runs: dict, backend: dict | None = None, timeout: int = 300, batch: int = 2
+) -> list[dict]:
+    """Both processes' results of all `runs`, done one after the other by one pair of processes.
+
+    `backend` is `{"deepspeed": its config}`, `{"fsdp": its config}` or None for DDP. No end after `timeout` seconds is
+    an error.
+    """
+    runs = {name: {"per_device_train_batch_size": batch, **settings} for name, settings in runs.items()}
+    path = folder / "settings.json"
+    path.write_text(
+        json.dumps({"checkpoint": checkpoint, "folder": str(folder), "backend": backend or {}, "runs": runs})
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+    }
+    # --standalone lets torchrun choose a free port.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    log = folder / "log.txt"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*command, str(HERE / "distributed" / "worker.py"), str(path)],
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code: int | str = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            code = f"no end after {timeout} s"
+    assert code == 0, f"exit {code}\n" + log.read_text()[-6000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 class RecordingTrainer(DiffusionGRPOTrainer):
-    """Keeps the rollouts of its process, and counts DDP's reductions."""
+    """Keeps the rollouts of its process and the head tiles of its views, and counts DDP's reductions."""
 
     def __init__(self, *args, **kwargs):
-        self.rollouts, self.reductions, self.wrappers, self.views = [], 0, set(), []
+        self.rollouts, self.reductions, self.wrappers, self.views, self.tiles = [], 0, set(), [], []
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
@@ -25,6 +83,11 @@ class RecordingTrainer(DiffusionGRPOTrainer):
         needed, run = self.estimator.num_views(rollout), super()._num_views(rollout)
         self.views.append([needed, run])
         return run
+
+    def _score_view(self, *args, **kwargs):
+        scores = super()._score_view(*args, **kwargs)
+        self.tiles.append(max(1, -(-int(scores.scored.sum()) // head.TILE_ROWS)))
+        return scores
 
     def training_step(self, model, *args, **kwargs):
         if isinstance(model, DistributedDataParallel) and not self.wrappers:
@@ -40,7 +103,62 @@ def _count_and_reduce(trainer, bucket):
     return summed.then(lambda future: future.value()[0] / torch.distributed.get_world_size())
 
 
-def run(folder, checkpoint: str, peft: bool = False, **settings) -> dict:
+@contextmanager
+def tiles_of(rows: int | None) -> Iterator[None]:
+    """Tiny batches in many head tiles, so that processes need different numbers of them."""
+    before = head.TILE_ROWS
+    head.TILE_ROWS = rows or before
+    try:
+        yield
+    finally:
+        head.TILE_ROWS = before
+
+
+def weights_of(trainer) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def whole_weights(trainer) -> dict[str, torch.Tensor]:
+    """The trainable weights, gathered from all processes; a collective where they are sharded."""
+    found = weights_of(trainer)
+    partitioned = [p for p in found.values() if hasattr(p, "ds_id")]
+    if partitioned:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(partitioned):
+            return {name: p.detach().clone() for name, p in found.items()}
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in found.items()
+    }
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """On a CPU with avx512_bf16 a 4-bit forward without gradients would repack the weights for inference, for good."""
+    import bitsandbytes
+
+    forward = bitsandbytes.nn.Linear4bit.forward
+
+    def forward_unpacked(self, x):
+        self.support_avx512bf16_for_cpu = False
+        return forward(self, x)
+
+    bitsandbytes.nn.Linear4bit.forward = forward_unpacked
+    try:
+        yield
+    finally:
+        bitsandbytes.nn.Linear4bit.forward = forward
+
+
+def run(
+    folder,
+    checkpoint: str,
+    peft: bool = False,
+    quantized: bool = False,
+    prompts: list[str] | None = None,
+    tile_rows: int | None = None,
+    **settings,
+) -> dict:
     """Two generation cycles of two inner iterations; what the run did, as plain values."""
     settings = {
         "gradient_accumulation_steps": 2,
@@ -55,9 +173,26 @@ def run(folder, checkpoint: str, peft: bool = False, **settings) -> dict:
     }
     # Both matrices random, so that every adapter weight has a gradient from the first step.
     adapter = lora(init_lora_weights=False, lora_alpha=2) if peft else False
-    trainer = build(folder, RecordingTrainer, model=checkpoint, peft=adapter, **settings)
-    trainer.train()
+    if quantized:
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    if prompts is not None:
+        settings["data"] = Dataset.from_dict({"prompt": prompts * (32 // len(prompts))})
+    with tiles_of(tile_rows), unpacked() if quantized else nullcontext():
+        trainer = build(folder, RecordingTrainer, model=checkpoint, peft=adapter, **settings)
+        if quantized:  # whose adapters TRL makes in bfloat16: its rounding would hide everything else
+            for p in weights_of(trainer).values():
+                p.data = p.data.float()
+        trainer.train()
+    path = Path(folder) / f"weights{trainer.args.process_index}.pt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save(whole_weights(trainer), path)
+    parameters = list(trainer.model.parameters())
     return {
+        "weights": str(path),
+        "tiles": trainer.tiles,
+        "sharded": sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters) / len(parameters),
         "loss": losses(trainer),
         "grad_norm": [float(value) for value in losses(trainer, "grad_norm")],
         "kl": losses(trainer, "kl"),

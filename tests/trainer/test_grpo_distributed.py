@@ -1,18 +1,19 @@
 """Two processes do what one process with twice the batch does: DDP, ZeRO-2 and ZeRO-3, on CPUs with gloo."""
 
+import itertools
 import json
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
+from itertools import product
 
 import pytest
-from helpers_distributed import run
+import torch
+from helpers_distributed import launch, run
 from helpers_grpo import tiny
 
+from trl_dllm.likelihood import ESTIMATORS
 
-HERE = Path(__file__).parent
+
 STEP_MERGE = {"estimator": "step_merge", "num_segments": 4}
 LOSS = ("grpo", "dapo", "dr_grpo")
 KINDS = {"full": {}, "lora": {"peft": True}}
@@ -41,9 +42,12 @@ def matrix(losses) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    model, tokenizer = tiny(num_layers=2)
-    model.save_pretrained(folder)
+    return save_tiny(tmp_path_factory.mktemp("checkpoint"), num_layers=2)
+
+
+def save_tiny(folder, dtype=torch.float32, **kwargs) -> str:
+    model, tokenizer = tiny(**kwargs)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -58,48 +62,11 @@ def alone(checkpoint, tmp_path_factory):
         settings = {k: v for k, v in settings.items() if k != "ds3_gather_for_generation"}
         key = json.dumps(settings, sort_keys=True)
         if key not in cache:
-            cache[key] = run(tmp_path_factory.mktemp("alone"), checkpoint, per_device_train_batch_size=4, **settings)
+            settings = {"checkpoint": checkpoint, "per_device_train_batch_size": 4, **settings}
+            cache[key] = run(tmp_path_factory.mktemp("alone"), **settings)
         return cache[key]
 
     return get
-
-
-def launch(folder: Path, checkpoint: str, runs: dict, deepspeed: dict | None = None, timeout: int = 300) -> list[dict]:
-    """Both processes' results of all `runs`, done one after the other by one pair of processes."""
-    runs = {name: {**settings, "per_device_train_batch_size": 2} for name, settings in runs.items()}
-    path = folder / "settings.json"
-    path.write_text(
-        json.dumps({"checkpoint": checkpoint, "folder": str(folder), "deepspeed": deepspeed, "runs": runs})
-    )
-    root = HERE.parents[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-    }
-    # --standalone lets torchrun choose a free port.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    log = folder / "log.txt"
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [*command, str(HERE / "distributed" / "grpo_worker.py"), str(path)],
-            env=environment,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
-            code = f"no end after {timeout} s"
-    assert code == 0, f"exit {code}\n" + log.read_text()[-4000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def merged(results: list[dict]) -> list:
@@ -110,16 +77,20 @@ def merged(results: list[dict]) -> list:
     ]
 
 
-def check(both: list[dict], alone: dict, name: str, wrapper: str) -> None:
-    first, second = both
-    assert first["wrapper"] == [wrapper], "not the wrapper that this test is about"
-    assert first["loss"] == second["loss"] and len(first["loss"]) == 4
-    assert first["rollouts"] != second["rollouts"], "both processes drew the same rows"
+def same_rollouts(both: list[dict], alone: dict, name: str) -> None:
     for ours, theirs in zip(merged(both), merged([alone]), strict=True):
         assert len(ours) == len(theirs) == 8
         for (step, seed, canvas, steps, advantage), reference in zip(ours, theirs, strict=True):
             assert [step, seed, canvas, steps] == reference[:4], f"{name}: another rollout in step {step}"
             assert advantage == pytest.approx(reference[4], abs=1e-5)
+
+
+def check(both: list[dict], alone: dict, name: str, wrapper: str) -> None:
+    first, second = both
+    assert first["wrapper"] == [wrapper], "not the wrapper that this test is about"
+    assert first["loss"] == second["loss"] and len(first["loss"]) == 4
+    assert first["rollouts"] != second["rollouts"], "both processes drew the same rows"
+    same_rollouts(both, alone, name)
     needed = [[needed for needed, _ in result["views"]] for result in both]
     run = [[run for _, run in result["views"]] for result in both]
     assert run[0] == run[1] == list(map(max, *needed)), f"{name}: a process runs another number of views"
@@ -184,10 +155,13 @@ def zero(stage: int) -> dict:
     }
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+NEEDS_DEEPSPEED = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="deepspeed is not installed (pip install trl-dllm[deepspeed])"
 )
+
+
+@pytest.mark.slow
+@NEEDS_DEEPSPEED
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_one_process(tmp_path, checkpoint, alone, stage):
     runs = {**matrix(LOSS), **COUPLED}
@@ -195,6 +169,100 @@ def test_zero_equals_one_process(tmp_path, checkpoint, alone, stage):
         # The sampler runs on partitioned weights: a process that is done must go on answering the other.
         runs["exact, ragged, partitioned sampler"] = {**RAGGED, "ds3_gather_for_generation": False}
         runs["lora, partitioned sampler"] = {**STEP_MERGE, "peft": True, "ds3_gather_for_generation": False}
-    both = launch(tmp_path, checkpoint, runs, zero(stage), timeout=300)
+    both = launch(tmp_path, checkpoint, runs, {"deepspeed": zero(stage)})
     for name, settings in runs.items():
         check([result[name] for result in both], alone(settings), name, "DeepSpeedEngine")
+
+
+# --------------------------------------------------------------------------------- sharding x adapter x estimator x KL
+
+ESTIMATOR_SETTINGS: dict[str, dict] = {
+    "mean_field": {},
+    "step_merge": {"num_segments": 4},
+    "exact_trajectory": {"confidence_threshold": 0.02, "block_length": 8},
+    "any_order": {"decoding": "any_order", "cache": "exact"},
+    "pkl": {},
+    "pkl_u": {"estimator_kwargs": {"block_size": 3, "num_views": "partition"}},
+    "pkl_t": {"decoding": "any_order"},
+    "elbo": {},
+    "coupled_elbo": {},
+}
+ADAPTERS = {"full": {}, "lora": {"peft": True}, "qlora": {"peft": True, "quantized": True}}
+BACKENDS: dict[str, tuple[dict | None, str]] = {
+    "ddp": (None, "DistributedDataParallel"),
+    "zero2": ({"deepspeed": zero(2)}, "DeepSpeedEngine"),
+    "zero3": ({"deepspeed": zero(3)}, "DeepSpeedEngine"),
+    "fsdp2": ({"fsdp": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}, "FSDP"),
+}
+EVERYTHING = os.environ.get("TRL_DLLM_SHARDING") == "all"
+
+
+def combinations() -> list[tuple[str, str, str, str]]:
+    """(back-end, adapter, estimator, KL): all of them, or few that hold every pair that there is."""
+    everything = [
+        case
+        for case in product(BACKENDS, ADAPTERS, ESTIMATORS, ("k3", "full"))
+        if case[:2] != ("fsdp2", "qlora")  # refused: packed weights are not sharded
+    ]
+    if EVERYTHING:
+        return everything
+    pairs = {case: {frozenset(pair) for pair in itertools.combinations(enumerate(case), 2)} for case in everything}
+    missing, chosen = set().union(*pairs.values()), []
+    while missing:
+        chosen.append(max(everything, key=lambda case: len(pairs[case] & missing)))
+        missing -= pairs[chosen[-1]]
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    """A float64 model, a float32 one and one that is wide enough for 4-bit blocks."""
+    kinds = {"float64": {"dtype": torch.float64, "num_layers": 2}, "float32": {"num_layers": 2}, "wide": {"hidden_size": 64}}
+    return {name: save_tiny(tmp_path_factory.mktemp(name), **kwargs) for name, kwargs in kinds.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800 if EVERYTHING else 600)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_back_end_equals_one_process(tmp_path, checkpoints, alone, backend):
+    """Loss, gradient norm and final weights, of processes with different numbers of views and of head tiles."""
+    runs, double = {}, {}
+    for name, adapter, estimator, kl in combinations():
+        if name == backend:
+            exact = backend in ("ddp", "fsdp2") and adapter != "qlora"
+            kind = "float64" if exact else "wide" if adapter == "qlora" else "float32"
+            case = f"{adapter}, {estimator}, {kl}"
+            double[case] = exact
+            runs[case] = {
+                **ADAPTERS[adapter],
+                **ESTIMATOR_SETTINGS[estimator],
+                "estimator": estimator,
+                "kl_estimator": kl,
+                "loss_type": "grpo",
+                "tile_rows": 4,
+                "max_steps": 3,
+                "model_init_kwargs": {"dtype": "auto"},
+                "checkpoint": checkpoints[kind],
+            }
+    settings, wrapper = BACKENDS[backend]
+    both = launch(tmp_path, "", runs, settings, timeout=60 + 20 * len(runs))
+    assert any(result[0] != result[1] for result in ([part[case]["tiles"] for part in both] for case in runs))
+    for case, described in runs.items():
+        equal_to_one([part[case] for part in both], alone(described), case, wrapper, double[case])
+        assert both[0][case]["sharded"] == (backend in ("zero3", "fsdp2")), f"{case}: not the sharding that was meant"
+
+
+def equal_to_one(both: list[dict], alone: dict, case: str, wrapper: str, double: bool) -> None:
+    ours = both[0]
+    (name,) = ours["wrapper"]
+    assert name.startswith(wrapper), f"{case}: not the wrapper that this test is about"
+    same_rollouts(both, alone, case)
+    # Rounding of a first step is carried into the weights of the next.
+    first, later, weight = (1e-12, 1e-12, 1e-11) if double else (1e-6, 1e-4, 1e-5)
+    assert ours["loss"] == pytest.approx(alone["loss"], abs=1e-6 if double else 1e-5), case
+    assert ours["grad_norm"][0] == pytest.approx(alone["grad_norm"][0], rel=first), case
+    assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=later), case
+    weights, expected = (torch.load(result["weights"]) for result in (ours, alone))
+    assert weights.keys() == expected.keys()
+    for key, value in weights.items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=weight, msg=lambda text: f"{case}, {key}: {text}")

@@ -54,13 +54,19 @@ class Denoising:
         self.count_flops = ForwardFlops(model)
         self.num_forwards = self.flops = 0
 
+    def start(self, still_running: Callable[[bool], bool]) -> None:
+        """What is run before the first step, on every process if on one."""
+
+    def spare_forward(self) -> None:
+        """A forward for the company of other processes, which are still decoding."""
+        none = self.seeds.new_zeros(0)
+        Denoising.forward(self, self.seeds.new_zeros(1), none, none, lambda logits: logits[..., :1])
+
     def step(self) -> None:
         """One forward of the rows that are still decoding, and the tokens that it reveals."""
         config, active = self.config, self.active.nonzero().squeeze(1)
-        if len(active) == 0:  # other processes are still decoding: a forward of a spare row keeps them company
-            none = active.new_zeros(0)
-            Denoising.forward(self, active.new_zeros(1), none, none, lambda logits: logits[..., :1])
-            return
+        if len(active) == 0:
+            return self.spare_forward()
         canvas = torch.arange(config.max_new_tokens, device=active.device)
         in_block = canvas // config.block_length == self.block[active, None]
         candidates = in_block & (self.unmask_step[active] < 0)

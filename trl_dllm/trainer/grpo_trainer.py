@@ -58,6 +58,7 @@ from .stock import (
     read_tokenizer,
     refuse_processor,
     refuse_prompt_learning,
+    refuse_sharded_integers,
     without_dropout,
 )
 
@@ -137,6 +138,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             )
         args.router_aux_loss_coef = 0.0  # mixture-of-experts configs may bring one of their own
         config = read_config(model, args)
+        refuse_sharded_integers(config, args, given.get("quantization_config"))
         tokenizer = given.get("processing_class") or read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         self.estimator = estimator if estimator is not None else args.build_estimator()

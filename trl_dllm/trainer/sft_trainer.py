@@ -39,6 +39,7 @@ from .stock import (
     read_config,
     refuse_processor,
     refuse_prompt_learning,
+    refuse_sharded_integers,
 )
 
 
@@ -265,6 +266,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
                 "has to fill the answers itself. Remove one or the other."
             )
         config = read_config(model, args)
+        refuse_sharded_integers(config, args, given.get("quantization_config"))
         if isinstance(model, str) and given.get("processing_class") is None:
             given["processing_class"] = AutoProcessor.from_pretrained(model, **hub_kwargs(args))
         refuse_processor(given.get("processing_class"))
