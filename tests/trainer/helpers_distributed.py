@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from helpers_grpo import build, history, lora, losses, tiny, weights
+from helpers_grpo import build, history, lora, losses, text_prompts, tiny, weights
+from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
+from trl_dllm.generation import generate
 from trl_dllm.models import head
 
 
@@ -69,7 +71,7 @@ class RecordingTrainer(DiffusionGRPOTrainer):
     """Keeps the rollouts of its process and the head tiles of its views, and counts DDP's reductions."""
 
     def __init__(self, *args, **kwargs):
-        self.rollouts, self.reductions, self.wrappers, self.views, self.tiles = [], 0, set(), [], []
+        self.rollouts, self.reductions, self.wrappers, self.views, self.tiles, self.prompt_tokens = [], 0, set(), [], [], []
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
@@ -77,6 +79,7 @@ class RecordingTrainer(DiffusionGRPOTrainer):
         names = ("view_seed", "completion_ids", "unmask_step", "advantages")
         rows = zip(*(outputs[name].tolist() for name in names), strict=True)
         self.rollouts.append([[self.state.global_step, *row] for row in rows])
+        self.prompt_tokens.append(int(outputs["prompt_mask"].sum()))
         return outputs
 
     def _num_views(self, rollout):
@@ -132,6 +135,15 @@ def whole_weights(trainer) -> dict[str, torch.Tensor]:
     }
 
 
+def saved(folder, trainer, wrappers: set[str]) -> dict:
+    """Where the final weights are, what wrapped the model, and which part of its parameters is sharded."""
+    path = Path(folder) / f"weights{trainer.args.process_index}.pt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save(whole_weights(trainer), path)
+    sharded = [isinstance(p, DTensor) or hasattr(p, "ds_id") for p in trainer.model.parameters()]
+    return {"weights": str(path), "wrapper": sorted(wrappers), "sharded": sum(sharded) / len(sharded)}
+
+
 @contextmanager
 def unpacked() -> Iterator[None]:
     """On a CPU with avx512_bf16 a 4-bit forward without gradients would repack the weights for inference, for good."""
@@ -155,6 +167,8 @@ def run(
     checkpoint: str,
     peft: bool = False,
     quantized: bool = False,
+    adapted: bool = False,
+    evaluate: bool = False,
     prompts: list[str] | None = None,
     tile_rows: int | None = None,
     **settings,
@@ -173,6 +187,14 @@ def run(
     }
     # Both matrices random, so that every adapter weight has a gradient from the first step.
     adapter = lora(init_lora_weights=False, lora_alpha=2) if peft else False
+    model = checkpoint
+    if adapted:  # a model that brings an adapter: TRL keeps a copy of it as the reference
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+            model = get_peft_model(loaded, lora(init_lora_weights=False, lora_alpha=2))
+    if evaluate:
+        settings["eval_dataset"] = text_prompts(1)
     if quantized:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
@@ -180,26 +202,79 @@ def run(
     if prompts is not None:
         settings["data"] = Dataset.from_dict({"prompt": prompts * (32 // len(prompts))})
     with tiles_of(tile_rows), unpacked() if quantized else nullcontext():
-        trainer = build(folder, RecordingTrainer, model=checkpoint, peft=adapter, **settings)
+        trainer = build(folder, RecordingTrainer, model=model, peft=adapter, **settings)
         if quantized:  # whose adapters TRL makes in bfloat16: its rounding would hide everything else
             for p in weights_of(trainer).values():
                 p.data = p.data.float()
         trainer.train()
-    path = Path(folder) / f"weights{trainer.args.process_index}.pt"
-    path.parent.mkdir(exist_ok=True)
-    torch.save(whole_weights(trainer), path)
-    parameters = list(trainer.model.parameters())
+        evaluated = trainer.evaluate() if evaluate else {}
     return {
-        "weights": str(path),
+        **saved(folder, trainer, trainer.wrappers),
+        "eval": {name: value for name, value in evaluated.items() if name in ("eval_loss", "eval_kl", "eval_reward")},
         "tiles": trainer.tiles,
-        "sharded": sum(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in parameters) / len(parameters),
+        "prompt_tokens": trainer.prompt_tokens,
         "loss": losses(trainer),
         "grad_norm": [float(value) for value in losses(trainer, "grad_norm")],
         "kl": losses(trainer, "kl"),
         "rollouts": trainer.rollouts,
         "reductions": trainer.reductions,
         "views": trainer.views,
-        "wrapper": sorted(trainer.wrappers),
+    }
+
+
+def run_rows(folder, checkpoint: str, rows: list[int], cache: str | None = None, **settings) -> dict:
+    """Completions of as many prompts as `rows` says of each process, whose sampler asks the others."""
+    settings |= {"decoding": "any_order" if cache else "denoising", "cache": cache}
+    trainer = build(folder, model=checkpoint, max_steps=1, ds3_gather_for_generation=False, ddp_timeout=60, **settings)
+    trainer.train()  # which prepares the model
+    mine = slice(*((0, rows[0]) if trainer.args.process_index == 0 else (rows[0], sum(rows))))
+    ids = torch.arange(5, 5 + 3 * sum(rows)).view(-1, 3)[mine]
+    seeds = torch.arange(sum(rows))[mine]
+    rollout = generate(
+        trainer.model_wrapped, ids, ids.bool(), trainer.sampling, seeds=seeds, still_running=trainer._any_process
+    )
+    return {"completions": rollout.completion_ids.tolist(), "forwards": rollout.num_forwards}
+
+
+def run_sft(folder, checkpoint: str, peft: bool = False, **settings) -> dict:
+    """Supervised fine-tuning on rows of different lengths: losses, TRL's metrics and ours, final weights."""
+    prompts = ["copy abc:", "x:", "", "12345678 :", "q", "copy:", "ab", "a longer prompt"]
+    answers = ["abc", "a longer answer", "b", "1", "yes, no", "0123456789", "", "xyz"]
+    defaults = {
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 0.01,
+        "optim": "sgd",
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "seed": 11,
+        "ddp_timeout": 60,
+    }
+    data = Dataset.from_dict({"prompt": prompts * 4, "completion": answers * 4})
+    trainer = DiffusionSFTTrainer(
+        checkpoint,
+        DiffusionSFTConfig(str(folder), **{**defaults, **settings}),
+        train_dataset=data,
+        eval_dataset=data.select(range(8)),
+        peft_config=lora(init_lora_weights=False, lora_alpha=2) if peft else None,
+    )
+    before = {name: p.detach().clone() for name, p in weights_of(trainer).items()}
+    trainer.train()
+    names = ("loss", "grad_norm", "masked_fraction", "entropy", "num_tokens")
+    evaluated = trainer.evaluate()
+    found = saved(folder, trainer, {type(trainer.model_wrapped).__name__})
+    if found["sharded"] == 0:
+        assert any(not torch.equal(before[name], p) for name, p in weights_of(trainer).items())
+    return {
+        **found,
+        **{name: [float(value) for value in losses(trainer, name)] for name in names},
+        "eval": {name: evaluated[f"eval_{name}"] for name in ("loss", "masked_fraction", "entropy")},
     }
 
 

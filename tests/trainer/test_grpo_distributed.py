@@ -46,7 +46,11 @@ def checkpoint(tmp_path_factory) -> str:
 
 
 def save_tiny(folder, dtype=torch.float32, **kwargs) -> str:
+    """A checkpoint whose completions end at different places: its EOS is near to what all hidden states share."""
     model, tokenizer = tiny(**kwargs)
+    with torch.no_grad():
+        hidden = model(torch.arange(5, 61).view(7, 8), output_hidden_states=True).hidden_states[-1].mean(dim=(0, 1))
+        model.lm_head.weight[tokenizer.eos_token_id] += 0.75 * len(hidden) ** 0.5 * hidden / hidden.norm()
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -266,3 +270,44 @@ def equal_to_one(both: list[dict], alone: dict, case: str, wrapper: str, double:
     assert weights.keys() == expected.keys()
     for key, value in weights.items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=weight, msg=lambda text: f"{case}, {key}: {text}")
+
+
+# One pair of processes that need different numbers of something, of which a sharded model wants a forward from each.
+PARTITIONED = {"ds3_gather_for_generation": False}
+UNEVEN = {
+    "tiles": {"estimator": "mean_field", "kl_estimator": "full", "tile_rows": 2},
+    "views": {**RAGGED, "kl_estimator": "full", "tile_rows": 2},
+    "steps": {**STEP_MERGE, **PARTITIONED, "block_length": 2},
+    "prompts": {
+        "estimator": "any_order",
+        "decoding": "any_order",
+        "cache": "exact",
+        "prompts": ["", "abc"],
+        "shuffle_dataset": False,
+        **PARTITIONED,
+    },
+}
+ROWS = {f"rows, {cache}": {"do": "run_rows", "rows": [4, 0], "cache": cache} for cache in (None, "exact")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+def test_processes_with_different_work_do_not_wait(tmp_path, checkpoint, alone, backend):
+    """Head tiles, views, decoding steps (one meets its EOS first), empty prompts in one of them, and rows."""
+    settings, wrapper = BACKENDS[backend]
+    both = launch(tmp_path, checkpoint, {**UNEVEN, **ROWS}, settings)
+    for name, described in UNEVEN.items():
+        parts = [result[name] for result in both]
+        equal_to_one(parts, alone(described), name, wrapper, double=False)
+        needed = {
+            "tiles": [part["tiles"] for part in parts],
+            "views": [[needed for needed, _ in part["views"]] for part in parts],
+            "steps": [[max(max(row[3]) for row in rows) for rows in part["rollouts"]] for part in parts],
+            "prompts": [part["prompt_tokens"] for part in parts],
+        }
+        assert needed[name][0] != needed[name][1], f"{name}: both need as many, nothing was tested"
+    assert 0 in both[0]["prompts"]["prompt_tokens"]
+    for name, described in ROWS.items():
+        mine, none = (result[name] for result in both)
+        assert len(mine["completions"]) == 4 and none["completions"] == []
+        assert mine["forwards"] == none["forwards"] > 0

@@ -58,9 +58,13 @@ class Denoising:
         """What is run before the first step, on every process if on one."""
 
     def spare_forward(self) -> None:
-        """A forward for the company of other processes, which are still decoding."""
-        none = self.seeds.new_zeros(0)
-        Denoising.forward(self, self.seeds.new_zeros(1), none, none, lambda logits: logits[..., :1])
+        """A forward for the company of other processes, which are still decoding; this one may have no rows at all."""
+        ids = self.seeds.new_full((1, self.position_ids.shape[1]), self.spec.mask_token_id)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        inputs = view_inputs(self.model, Layout(ids, positions, Attention.padding(torch.ones_like(ids))))
+        self.num_forwards += 1
+        self.flops += self.count_flops(1, ids.shape[1], ids.shape[1], 0)
+        apply_head(self.model, inputs, ids.new_zeros(0), lambda logits: logits[:, :1])
 
     def step(self) -> None:
         """One forward of the rows that are still decoding, and the tokens that it reveals."""
