@@ -24,6 +24,38 @@ from trl_dllm.models import head
 HERE = Path(__file__).parent
 
 
+def zero(stage: int) -> dict:
+    return {
+        # 0: tiny parameters are partitioned like large ones.
+        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
+        "bf16": {"enabled": False},
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+BACKENDS: dict[str, tuple[dict | None, str]] = {
+    "ddp": (None, "DistributedDataParallel"),
+    "zero2": ({"deepspeed": zero(2)}, "DeepSpeedEngine"),
+    "zero3": ({"deepspeed": zero(3)}, "DeepSpeedEngine"),
+    "fsdp2": ({"fsdp": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}, "FSDP"),
+}
+
+
+def save_tiny(folder, dtype=torch.float32, **kwargs) -> str:
+    """A checkpoint whose completions end at different places: its EOS is near to what all hidden states share."""
+    model, tokenizer = tiny(**kwargs)
+    with torch.no_grad():
+        hidden = model(torch.arange(5, 61).view(7, 8), output_hidden_states=True).hidden_states[-1].mean(dim=(0, 1))
+        model.lm_head.weight[tokenizer.eos_token_id] += 0.75 * len(hidden) ** 0.5 * hidden / hidden.norm()
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def launch(
     folder: Path, checkpoint: str, runs: dict, backend: dict | None = None, timeout: int = 300, batch: int = 2
 ) -> list[dict]:
@@ -71,7 +103,8 @@ class RecordingTrainer(DiffusionGRPOTrainer):
     """Keeps the rollouts of its process and the head tiles of its views, and counts DDP's reductions."""
 
     def __init__(self, *args, **kwargs):
-        self.rollouts, self.reductions, self.wrappers, self.views, self.tiles, self.prompt_tokens = [], 0, set(), [], [], []
+        self.rollouts, self.views, self.tiles, self.prompt_tokens = [], [], [], []
+        self.reductions, self.wrappers = 0, set()
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs):
@@ -130,9 +163,7 @@ def whole_weights(trainer) -> dict[str, torch.Tensor]:
 
         with deepspeed.zero.GatheredParameters(partitioned):
             return {name: p.detach().clone() for name, p in found.items()}
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in found.items()
-    }
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in found.items()}
 
 
 def saved(folder, trainer, wrappers: set[str]) -> dict:
@@ -194,7 +225,10 @@ def run(
             loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
             model = get_peft_model(loaded, lora(init_lora_weights=False, lora_alpha=2))
     if evaluate:
-        settings["eval_dataset"] = text_prompts(1)
+        settings |= {
+            "eval_dataset": text_prompts(1),
+            "per_device_eval_batch_size": settings["per_device_train_batch_size"],
+        }
     if quantized:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
@@ -253,6 +287,7 @@ def run_sft(folder, checkpoint: str, peft: bool = False, **settings) -> dict:
         "optim": "sgd",
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
+        "per_device_eval_batch_size": settings["per_device_train_batch_size"],
         "seed": 11,
         "ddp_timeout": 60,
     }
