@@ -302,10 +302,11 @@ def run_sft(folder, checkpoint: str, peft: bool = False, **settings) -> dict:
     before = {name: p.detach().clone() for name, p in weights_of(trainer).items()}
     trainer.train()
     names = ("loss", "grad_norm", "masked_fraction", "entropy", "num_tokens")
-    evaluated = trainer.evaluate()
+    # Before the evaluation, which leaves FSDP's last unit gathered.
     found = saved(folder, trainer, {type(trainer.model_wrapped).__name__})
     if found["sharded"] == 0:
         assert any(not torch.equal(before[name], p) for name, p in weights_of(trainer).items())
+    evaluated = trainer.evaluate()
     return {
         **found,
         **{name: [float(value) for value in losses(trainer, name)] for name in names},
