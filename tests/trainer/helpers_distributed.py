@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 from helpers_grpo import build, history, lora, losses, text_prompts, tiny, weights
@@ -43,6 +45,12 @@ BACKENDS: dict[str, tuple[dict | None, str]] = {
     "zero3": ({"deepspeed": zero(3)}, "DeepSpeedEngine"),
     "fsdp2": ({"fsdp": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}, "FSDP"),
 }
+
+
+def needs(backend: str) -> None:
+    """Skip a test whose back-end is not installed."""
+    if backend.startswith("zero") and find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed (pip install trl-dllm[deepspeed])")
 
 
 def save_tiny(folder, dtype=torch.float32, **kwargs) -> str:

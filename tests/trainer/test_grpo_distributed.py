@@ -3,12 +3,11 @@
 import itertools
 import json
 import os
-from importlib.util import find_spec
 from itertools import product
 
 import pytest
 import torch
-from helpers_distributed import BACKENDS, launch, run, save_tiny, zero
+from helpers_distributed import BACKENDS, launch, needs, run, save_tiny
 
 from trl_dllm.likelihood import ESTIMATORS
 
@@ -94,7 +93,7 @@ def same_rollouts(both: list[dict], alone: dict, name: str) -> None:
 
 def check(both: list[dict], alone: dict, name: str, wrapper: str) -> None:
     first, second = both
-    assert first["wrapper"] == [wrapper], "not the wrapper that this test is about"
+    assert first["wrapper"][0].startswith(wrapper), "not the wrapper that this test is about"
     assert first["loss"] == second["loss"] and len(first["loss"]) == 4
     assert first["eval"] == second["eval"] == pytest.approx(alone["eval"], abs=1e-6)
     assert first["rollouts"] != second["rollouts"], "both processes drew the same rows"
@@ -103,11 +102,11 @@ def check(both: list[dict], alone: dict, name: str, wrapper: str) -> None:
     run = [[run for _, run in result["views"]] for result in both]
     assert run[0] == run[1] == list(map(max, *needed)), f"{name}: a process runs another number of views"
     assert "exact" not in name or needed[0] != needed[1], "all processes need as many views: nothing was tested"
-    assert first["loss"] == pytest.approx(alone["loss"], abs=1e-6), name
+    assert first["loss"] == pytest.approx(alone["loss"], rel=1e-6, abs=1e-6), name
     # (TRL's `kl` is a mean of micro-batch means, and a shuffle makes other micro-batches on two processes.)
     assert first["grad_norm"] == pytest.approx(alone["grad_norm"], rel=1e-5), name
     if name == "full KL":
-        assert first["kl"] == second["kl"] == pytest.approx(alone["kl"], rel=1e-5)
+        assert first["kl"] == second["kl"] == pytest.approx(alone["kl"], abs=1e-6)
         assert first["kl"][0] == 0 < first["kl"][1]
     if name == "a model with an adapter":  # its reference is a copy of that adapter, and not the model without
         assert abs(first["kl"][0]) < 1e-6 < first["kl"][1]
@@ -158,23 +157,19 @@ def test_ddp_equals_one_process_in_every_combination(tmp_path, checkpoint, alone
     compare_ddp(tmp_path, checkpoint, alone, matrix(LOSS))
 
 
-NEEDS_DEEPSPEED = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="deepspeed is not installed (pip install trl-dllm[deepspeed])"
-)
-
-
 @pytest.mark.slow
-@NEEDS_DEEPSPEED
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_equals_one_process(tmp_path, checkpoint, alone, stage):
-    runs = {**matrix(LOSS), **COUPLED}
-    if stage == 3:
+@pytest.mark.parametrize("backend", ["zero2", "zero3", "fsdp2"])
+def test_sharding_equals_one_process(tmp_path, checkpoint, alone, backend):
+    needs(backend)
+    settings, wrapper = BACKENDS[backend]
+    runs = {**matrix(("dapo",)), **COUPLED}
+    if backend == "zero3":
         # The sampler runs on partitioned weights: a process that is done must go on answering the other.
         runs["exact, ragged, partitioned sampler"] = {**RAGGED, "ds3_gather_for_generation": False}
         runs["lora, partitioned sampler"] = {**STEP_MERGE, "peft": True, "ds3_gather_for_generation": False}
-    both = launch(tmp_path, checkpoint, runs, {"deepspeed": zero(stage)})
-    for name, settings in runs.items():
-        check([result[name] for result in both], alone(settings), name, "DeepSpeedEngine")
+    both = launch(tmp_path, checkpoint, runs, settings, timeout=300)
+    for name, described in runs.items():
+        check([result[name] for result in both], alone(described), name, wrapper)
 
 
 # --------------------------------------------------------------------------------- sharding x adapter x estimator x KL
@@ -227,6 +222,7 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_back_end_equals_one_process(tmp_path, checkpoints, alone, backend):
     """Loss, gradient norm and final weights, of processes with different numbers of views and of head tiles."""
+    needs(backend)
     runs, double = {}, {}
     for name, adapter, estimator, kl in combinations():
         if name == backend:
@@ -260,7 +256,8 @@ def equal_to_one(both: list[dict], alone: dict, case: str, wrapper: str, double:
     same_rollouts(both, alone, case)
     # Rounding of a first step is carried into the weights of the next.
     first, later, weight = (1e-12, 1e-12, 1e-11) if double else (1e-6, 1e-4, 1e-5)
-    assert ours["loss"] == pytest.approx(alone["loss"], abs=1e-6 if double else 1e-5), case
+    rounding = 1e-6 if double else 1e-5  # a loss is logged in float32
+    assert ours["loss"] == pytest.approx(alone["loss"], rel=rounding, abs=rounding), case
     assert ours["grad_norm"][0] == pytest.approx(alone["grad_norm"][0], rel=first), case
     assert ours["grad_norm"] == pytest.approx(alone["grad_norm"], rel=later), case
     weights, expected = (torch.load(result["weights"]) for result in (ours, alone))
@@ -291,6 +288,7 @@ ROWS = {f"rows, {cache}": {"do": "run_rows", "rows": [4, 0], "cache": cache} for
 @pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
 def test_processes_with_different_work_do_not_wait(tmp_path, checkpoint, alone, backend):
     """Head tiles, views, decoding steps (one meets its EOS first), empty prompts in one of them, and rows."""
+    needs(backend)
     settings, wrapper = BACKENDS[backend]
     both = launch(tmp_path, checkpoint, {**UNEVEN, **ROWS}, settings)
     for name, described in UNEVEN.items():

@@ -17,7 +17,8 @@ from trl_dllm.trainer.sft_trainer import any_order_view
 
 
 # The widest row has a short answer.
-TEXTS = (["copy abc:", "x:", "", "a prompt wider than all other rows :", "q"], ["abc", "a longer answer", "b", "1", "yes, no"])
+PROMPTS = ["copy abc:", "x:", "", "a prompt wider than all other rows :", "q"]
+TEXTS = (PROMPTS, ["abc", "a longer answer", "b", "1", "yes, no"])
 
 
 def sft_config(folder, **kwargs):

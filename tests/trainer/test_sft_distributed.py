@@ -1,10 +1,8 @@
 """Supervised fine-tuning on two processes is that on one: loss, gradient norm, metrics and weights."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
-from helpers_distributed import BACKENDS, launch, run_sft, save_tiny
+from helpers_distributed import BACKENDS, launch, needs, run_sft, save_tiny
 
 
 RUNS = {
@@ -50,6 +48,5 @@ def test_ddp_equals_one_process(tmp_path, checkpoints):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_back_end_equals_one_process(tmp_path, checkpoints, backend):
-    if backend.startswith("zero") and find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed (pip install trl-dllm[deepspeed])")
+    needs(backend)
     equal_to_one(tmp_path, checkpoints, backend, RUNS)
