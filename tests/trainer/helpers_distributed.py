@@ -64,15 +64,13 @@ def save_tiny(folder, dtype=torch.float32, **kwargs) -> str:
     return str(folder)
 
 
-def launch(
-    folder: Path, checkpoint: str, runs: dict, backend: dict | None = None, timeout: int = 300, batch: int = 2
-) -> list[dict]:
+def launch(folder: Path, checkpoint: str, runs: dict, backend: dict | None = None, timeout: int = 300) -> list[dict]:
     """Both processes' results of all `runs`, done one after the other by one pair of processes.
 
     `backend` is `{"deepspeed": its config}`, `{"fsdp": its config}` or None for DDP. No end after `timeout` seconds is
     an error.
     """
-    runs = {name: {"per_device_train_batch_size": batch, **settings} for name, settings in runs.items()}
+    runs = {name: {"per_device_train_batch_size": 2, **settings} for name, settings in runs.items()}
     path = folder / "settings.json"
     path.write_text(
         json.dumps({"checkpoint": checkpoint, "folder": str(folder), "backend": backend or {}, "runs": runs})
@@ -100,9 +98,10 @@ def launch(
         try:
             code: int | str = process.wait(timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
             code = f"no end after {timeout} s"
+        finally:
+            process.terminate()  # torchrun ends its workers, which are no members of its process group
+            process.wait()
     assert code == 0, f"exit {code}\n" + log.read_text()[-6000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
