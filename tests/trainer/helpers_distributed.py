@@ -204,14 +204,17 @@ def run(
     folder,
     checkpoint: str,
     peft: bool = False,
-    quantized: bool = False,
+    quantized: str | None = None,
     adapted: bool = False,
     evaluate: bool = False,
     prompts: list[str] | None = None,
     tile_rows: int | None = None,
     **settings,
 ) -> dict:
-    """Two generation cycles of two inner iterations; what the run did, as plain values."""
+    """Two generation cycles of two inner iterations; what the run did, as plain values.
+
+    `quantized` names the dtype that 4-bit weights are packed into.
+    """
     settings = {
         "gradient_accumulation_steps": 2,
         "num_iterations": 2,
@@ -238,7 +241,10 @@ def run(
         }
     if quantized:
         settings["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.float32,
+            bnb_4bit_quant_storage=quantized,
         )
     if prompts is not None:
         settings["data"] = Dataset.from_dict({"prompt": prompts * (32 // len(prompts))})
