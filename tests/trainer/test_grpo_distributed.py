@@ -1,4 +1,4 @@
-"""Two processes do what one process with twice the batch does: DDP, ZeRO-2 and ZeRO-3, on CPUs with gloo."""
+"""Two processes do what one process with twice the batch does: DDP, ZeRO-2, ZeRO-3 and FSDP2, on CPUs with gloo."""
 
 import itertools
 import json
@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from helpers_distributed import BACKENDS, launch, needs, run, save_tiny
+from helpers_distributed import BACKENDS, launch, needs, run, run_rows, save_tiny
 
 from trl_dllm.likelihood import ESTIMATORS
 
@@ -282,7 +282,7 @@ UNEVEN = {
         **PARTITIONED,
     },
 }
-ROWS = {f"rows, {cache}": {"do": "run_rows", "rows": [4, 0], "cache": cache} for cache in (None, "exact")}
+ROWS = {f"rows, {cache}": {"rows": [4, 0], "cache": cache} for cache in (None, "exact")}
 
 
 @pytest.mark.slow
@@ -291,7 +291,8 @@ def test_processes_with_different_work_do_not_wait(tmp_path, checkpoint, alone, 
     """Head tiles, views, decoding steps (one meets its EOS first), empty prompts in one of them, and rows."""
     needs(backend)
     settings, wrapper = BACKENDS[backend]
-    both = launch(tmp_path, checkpoint, {**UNEVEN, **ROWS}, settings)
+    runs = {**UNEVEN, **{name: {"do": "run_rows", **described} for name, described in ROWS.items()}}
+    both = launch(tmp_path, checkpoint, runs, settings)
     for name, described in UNEVEN.items():
         parts = [result[name] for result in both]
         equal_to_one(parts, alone(described), name, wrapper, double=False)
@@ -303,7 +304,8 @@ def test_processes_with_different_work_do_not_wait(tmp_path, checkpoint, alone, 
         }
         assert needed[name][0] != needed[name][1], f"{name}: both need as many, nothing was tested"
     assert 0 in both[0]["prompts"]["prompt_tokens"]
-    for name in ROWS:
+    for name, described in ROWS.items():
         mine, none = (result[name] for result in both)
-        assert len(mine["completions"]) == 4 and none["completions"] == []
-        assert mine["forwards"] == none["forwards"] > 0
+        expected = run_rows(tmp_path / "alone", checkpoint, per_device_train_batch_size=4, **described)
+        assert mine["completions"] == expected["completions"] and none["completions"] == []
+        assert mine["forwards"] == none["forwards"] == expected["forwards"] > 0
