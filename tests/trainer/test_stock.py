@@ -5,14 +5,15 @@ import warnings
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from helpers_grpo import as_rollout, build, config, lora, moved, reward, text_prompts, tiny, weights
 from peft import PromptTuningConfig, get_peft_model
 from test_sft_trainer import config as sft_config
 from test_sft_trainer import dataset
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
-from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTTrainer
+from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.likelihood import ExactTrajectory, token_logps
 from trl_dllm.trainer.grpo_trainer import _OVERRIDDEN as GRPO_OVERRIDES
 from trl_dllm.trainer.sft_trainer import _OVERRIDDEN as SFT_OVERRIDES
@@ -104,6 +105,50 @@ def test_virtual_tokens_are_refused_before_weights_load(tmp_path, checkpoint, no
     model = get_peft_model(tiny()[0], adapter) if wrapped else checkpoint()
     with pytest.raises(ValueError, match=r"peft_config=PromptTuningConfig.*Use LoRA"):
         make(tmp_path, model, tiny()[1], peft_config=None if wrapped else adapter)
+
+
+INTEGERS = {
+    "4-bit": (BitsAndBytesConfig(load_in_4bit=True), r"bnb_4bit_quant_storage='uint8' under FSDP.*'bfloat16'.*DDP"),
+    "8-bit": (BitsAndBytesConfig(load_in_8bit=True), r"load_in_8bit=True under FSDP.*'bfloat16'.*DDP or DeepSpeed"),
+}
+
+
+@pytest.mark.parametrize("where", ["argument", "model_init_kwargs", "checkpoint"])
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integer_weights_under_fsdp_are_refused_before_weights_load(
+    tmp_path, checkpoint, no_weights, monkeypatch, kind, where
+):
+    quantization, message = INTEGERS[kind]
+    settings, given, model_config = {}, {}, tiny()[0].config
+    if where == "argument":
+        given["quantization_config"] = quantization
+    elif where == "model_init_kwargs":
+        settings["model_init_kwargs"] = {"quantization_config": quantization}
+    else:
+        model_config.quantization_config = quantization.to_dict()
+    model = checkpoint(model_config)
+    grpo, sft = config(tmp_path / "run", **settings), DiffusionSFTConfig(str(tmp_path), use_cpu=True, **settings)
+    answers = Dataset.from_dict({"prompt": ["a"] * 8, "completion": ["b"] * 8})
+    for launched in (True, False):
+        if launched:
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        else:
+            monkeypatch.delenv("ACCELERATE_USE_FSDP")
+            grpo.fsdp = sft.fsdp = True
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, model, args=grpo, peft_config=lora(), **given)
+        with pytest.raises(ValueError, match=message):
+            DiffusionSFTTrainer(model, sft, train_dataset=answers, peft_config=lora(), **given)
+
+
+@pytest.mark.parametrize(("storage", "fsdp"), [("bfloat16", True), ("uint8", False)])
+def test_weights_that_can_be_sharded_or_need_not_are_loaded(
+    tmp_path, checkpoint, no_weights, monkeypatch, storage, fsdp
+):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=storage)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(fsdp))
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        make(tmp_path, checkpoint(), quantization_config=quantization, peft_config=lora())
 
 
 def test_the_name_of_an_estimator_belongs_in_the_config(tmp_path, checkpoint, no_weights):

@@ -60,6 +60,7 @@ from .stock import (
     read_tokenizer,
     refuse_processor,
     refuse_prompt_learning,
+    refuse_sharded_integers,
     without_dropout,
 )
 
@@ -140,6 +141,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             )
         config = read_config(model, args)
         leave_out_router_loss(config, args)
+        refuse_sharded_integers(config, args, given.get("quantization_config"))
         tokenizer = given.get("processing_class") or read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         self.estimator = estimator if estimator is not None else args.build_estimator()

@@ -1,6 +1,7 @@
 """What every trainer here does with TRL: refuse what does not apply, take over its configs, and check its methods."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,6 +119,34 @@ def refuse_prompt_learning(model, peft_config) -> None:
         raise ValueError(
             f"peft_config={type(adapter).__name__} puts virtual tokens before the prompt, which moves every row "
             "that the scorer reads. Use LoRA."
+        )
+
+
+def refuse_sharded_integers(config, args, quantization_config=None) -> None:
+    """Raise ValueError for bitsandbytes weights of integers under FSDP, which shards floating-point numbers alone.
+
+    Args:
+        config: the model's, which says how a quantised checkpoint was made.
+        args: the trainer's settings; `fsdp` and `model_init_kwargs` are read.
+        quantization_config (*optional*): what the trainer was given.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    given = given or getattr(config, "quantization_config", None)
+    if not given or not (args.fsdp or launched):
+        return
+    settings = given if isinstance(given, dict) else given.to_dict()
+    if settings.get("load_in_8bit"):
+        raise ValueError(
+            "quantization_config: load_in_8bit=True under FSDP, which shards floating-point weights alone. Load in 4 "
+            "bits with bnb_4bit_quant_storage='bfloat16', or train with DDP or DeepSpeed."
+        )
+    storage = settings.get("bnb_4bit_quant_storage") or "uint8"
+    if settings.get("load_in_4bit") and not getattr(torch, str(storage).removeprefix("torch.")).is_floating_point:
+        raise ValueError(
+            f"quantization_config: bnb_4bit_quant_storage={str(storage)!r} under FSDP, which shards floating-point "
+            "weights alone: every process would hold all packed weights. Store them as the dtype of the model "
+            "(bnb_4bit_quant_storage='bfloat16'), or train with DDP or DeepSpeed."
         )
 
 
