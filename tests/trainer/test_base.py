@@ -40,6 +40,7 @@ def resume(trainer, folder, step: int):
     """The trainer, after it went on from that checkpoint; no warning may come of it."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "Could not find a config file in  - ")  # PEFT 0.18, of a model without name
         trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
     return trainer
 

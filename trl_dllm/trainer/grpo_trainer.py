@@ -45,7 +45,7 @@ from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import backward, deferred_sync, is_separable, sub_sample_weights, token_weights, wd1_advantages
 from .metrics import record_generation, record_kl, record_mismatch
-from .model_card import rewrite_quick_start
+from .model_card import complete_card
 from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
 from .rewards import give_trajectory
@@ -477,4 +477,4 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         """TRL's model card, with this library's way to generate instead of an autoregressive pipeline."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())
+            complete_card(self)

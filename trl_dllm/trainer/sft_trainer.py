@@ -29,7 +29,7 @@ from .architecture import check_architecture, find_modules
 from .base import HOOKS, DiffusionTrainer
 from .data import check_sft_data
 from .finite import check_loss
-from .model_card import rewrite_quick_start
+from .model_card import complete_card
 from .sft_config import DiffusionSFTConfig
 from .stock import (
     Interface,
@@ -380,7 +380,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
         """TRL's model card, with this library's way to generate."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())
+            complete_card(self)
 
 
 def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:
