@@ -111,14 +111,14 @@ def sample_any_order(model, cache="exact", prompts=PROMPTS, seeds=SEEDS, **kwarg
     return sample(model, prompts, seeds, decoding="any_order", cache=cache, **kwargs)
 
 
-def forwards_of(model, **settings) -> tuple[Rollout, list[tuple[int, int]]]:
-    """`sample_any_order`, and the (rows, columns) of each forward that it ran."""
+def forwards_of(model, draw=sample_any_order, **settings) -> tuple[Rollout, list[tuple[int, int]]]:
+    """`draw`, and the (rows, columns) of each forward that it ran."""
     shapes = []
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     try:
-        return sample_any_order(model, **settings), shapes
+        return draw(model, **settings), shapes
     finally:
         hook.remove()
 

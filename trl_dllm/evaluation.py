@@ -19,7 +19,7 @@ from .models import MaskedDiffusionSpec, unwrap
 from .models.spec import check_positions
 from .noise import Purpose, hash64
 from .processes import on_main_process, process_state, say
-from .rollout import Rollout
+from .rollout import Rollout, left_pad
 from .tasks import Task
 
 
@@ -71,11 +71,7 @@ def tokenize_prompts(tokenizer, prompts: list, prefill: str = "") -> tuple[torch
         rows = [tokenizer(text=prompt)["input_ids"] for prompt in prompts]
     start = tokenizer(text=prefill, add_special_tokens=False)["input_ids"] if prefill else []
     rows = [[*row, *start] for row in rows]
-    width = max((len(row) for row in rows), default=0)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], dtype=torch.int64)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=torch.bool)
-    return ids.view(len(rows), width), mask.view(len(rows), width)
+    return left_pad(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
 def complete(

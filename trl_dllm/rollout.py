@@ -168,3 +168,11 @@ def count_until_eos(completion_ids: Tensor, unmask_step: Tensor, eos_token_ids: 
     is_eos = torch.isin(completion_ids, eos) & revealed
     behind = (is_eos.long().cumsum(dim=1) - is_eos.long()) > 0  # an EOS stands strictly before
     return revealed & ~behind
+
+
+def left_pad(rows: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids of prompts as a table, int64 (B, P) padded on the left, and its mask, bool (B, P)."""
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows], dtype=torch.int64)
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], dtype=torch.bool)
+    return ids.view(len(rows), width), mask.view(len(rows), width)

@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,10 @@ NOT_RUN = {
         )
     },
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
+    "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
+
+SERVED = ROOT / "docs" / "engines.md"  # whose Python needs the server that it describes; a test below runs both
 
 NOT_CODE = {"", "diff", "math"}  # output, a comparison, a formula
 
@@ -95,7 +99,7 @@ def bfloat16(monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
 
 
-@pytest.mark.parametrize("page", of_language("python"), ids=name)
+@pytest.mark.parametrize("page", [page for page in of_language("python") if page != SERVED], ids=name)
 def test_python_blocks_run(page, folder, bfloat16):
     run_python(page.read_text(), str(page))
 
@@ -135,3 +139,33 @@ def test_the_snippet_of_a_model_card_runs(tmp_path, capsys):
     capsys.readouterr()
     run_python(card.read_text(), str(card))
     assert capsys.readouterr().out.startswith("['")
+
+
+@pytest.fixture
+def port(tmp_path, monkeypatch):
+    """A server on the page's model, started with the page's arguments and a free port."""
+    monkeypatch.chdir(tmp_path)
+    cli.main(["init-tiny", "runs/tiny_llada/init", "--hidden_size", "16", "--num_layers", "1"])
+    (command,) = [content.split() for language, content, _ in blocks(SERVED.read_text()) if language == "bash"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    server = subprocess.Popen(
+        [sys.executable, str(ROOT / command[1]), *command[2:], "--port", "0"],
+        stdout=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    try:
+        yield int(server.stdout.readline().split()[-1])
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_the_page_of_engines_trains_on_its_servers_completions(port):
+    (code,) = [content for language, content, _ in blocks(SERVED.read_text()) if language == "python"]
+    namespace: dict = {"__name__": "__page__"}
+    exec(compile(code.replace("127.0.0.1:8000", f"127.0.0.1:{port}"), str(SERVED), "exec"), namespace)
+    log = [entry for entry in namespace["trainer"].state.log_history if "sampling/mismatch_max" in entry]
+    assert len(log) == 2 and all(entry["grad_norm"] > 0 for entry in log), "nothing was learned"
+    # The server has the trainer's weights in the second step too: what differs is rounding.
+    assert all(entry["sampling/mismatch_max"] < 1e-4 for entry in log)

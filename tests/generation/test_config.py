@@ -31,7 +31,7 @@ DEFAULTS = {
 CHOICES = {
     "remasking": {"low_confidence", "margin", "entropy", "random", "left_to_right"},
     "decoding": {"denoising", "any_order"},
-    "cache": {"exact"},
+    "cache": {"exact", "prefix", "dual"},
 }
 REQUIRED = {
     "generate": ["--model_name_or_path", "model", "--prompt", "1="],
@@ -72,6 +72,7 @@ VALUES = [
     {"block_length": 8, "diffusion_steps": 4, "remasking": "margin", "stop_at_eos": False},
     {"block_length": 4, "tokens_per_step": 1, "confidence_threshold": 0.5, "decoding": "any_order", "cache": "exact"},
     {"cfg_scale": 1.5},
+    {"cache": "dual"},
 ]
 
 

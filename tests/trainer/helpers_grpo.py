@@ -106,7 +106,9 @@ def config(folder, **kwargs) -> DiffusionGRPOConfig:
 
 def build(folder, trainer_class=DiffusionGRPOTrainer, model=None, tokenizer=None, peft=False, data=None, **kwargs):
     """A trainer on the tiny model; keywords that the trainer itself takes go to it, the others to the config."""
-    own = {k: kwargs.pop(k) for k in ("eval_dataset", "callbacks", "quantization_config") if k in kwargs}
+    own = {
+        k: kwargs.pop(k) for k in ("eval_dataset", "callbacks", "quantization_config", "rollout_func") if k in kwargs
+    }
     if isinstance(kwargs.get("estimator"), Estimator):
         own["estimator"] = kwargs.pop("estimator")
     rewards = kwargs.pop("reward_funcs", reward)

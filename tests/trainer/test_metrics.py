@@ -1,13 +1,12 @@
 """What is logged beside TRL's metrics, against numbers by hand."""
 
-from dataclasses import replace
+import math
 
 import pytest
 import torch
 from helpers_grpo import as_rollout, build
 
-from trl_dllm.likelihood import TokenScores
-from trl_dllm.trainer.metrics import record_generation, record_kl, record_mismatch
+from trl_dllm.trainer.metrics import record_correction, record_generation, record_kl, record_mismatch
 
 
 @pytest.fixture
@@ -45,14 +44,21 @@ def test_the_full_kl_is_a_mean_over_counted_tokens_and_replaces_trls(trainer):
 
 def test_the_mismatch_is_k3_of_the_counted_tokens(trainer):
     trainer.model.train()
-    rollout = as_rollout(trainer, trainer._buffered_inputs[0])
-    counted = torch.zeros_like(rollout.counted)
-    counted[0, :2] = True
-    rollout = replace(rollout, counted=counted)
-    logps = rollout.logps.clone()
-    logps[0, 0] += 0.5
-    logps[1, 0] += 100.0  # not counted
-    record_mismatch(trainer, TokenScores(logps, logps, counted), rollout)
-    expected = (torch.tensor(0.5).exp() - 1 - 0.5).item() / 2
-    assert trainer._metrics["train"]["sampling/mismatch_kl"] == pytest.approx([expected], rel=1e-5)
-    assert trainer._metrics["train"]["sampling/mismatch_max"] == pytest.approx([0.5], rel=1e-5)
+    record_mismatch(trainer, torch.tensor([0.5, -0.25]))
+    record_mismatch(trainer, torch.zeros(0))
+    expected = ((math.exp(0.5) - 1 - 0.5) + (math.exp(-0.25) - 1 + 0.25)) / 2
+    assert trainer._metrics["train"]["sampling/mismatch_kl"] == pytest.approx([expected, 0], rel=1e-5)
+    assert trainer._metrics["train"]["sampling/mismatch_max"] == pytest.approx([0.5, 0], rel=1e-5)
+
+
+def test_the_correction_has_trls_names(trainer):
+    trainer.model.train()
+    record_correction(trainer, torch.tensor([0.5, -1.0]), torch.tensor([1.6, 0.4]))
+    found = {name: values for name, values in trainer._metrics["train"].items() if name.startswith("sampling/")}
+    assert found == {
+        "sampling/sampling_logp_difference/mean": [0.75],
+        "sampling/sampling_logp_difference/max": [1.0],
+        "sampling/importance_sampling_ratio/min": [pytest.approx(0.4)],
+        "sampling/importance_sampling_ratio/mean": [1.0],
+        "sampling/importance_sampling_ratio/max": [pytest.approx(1.6)],
+    }

@@ -7,7 +7,8 @@ from .order import MEASURES, VALUE_INDEPENDENT
 
 
 # decoding -> the key/value caches that it has.
-CACHES = {"denoising": (None,), "any_order": (None, "exact")}
+APPROXIMATE_CACHES = ("prefix", "dual")
+CACHES = {"denoising": (None, *APPROXIMATE_CACHES), "any_order": (None, "exact")}
 
 
 @document_fields()
@@ -90,7 +91,9 @@ class DecodingArguments:
     cache: str | None = field(
         default=None,
         metadata={
-            "help": "Key/value cache of the sampler: 'exact', for any-order decoding. None recomputes everything.",
+            "help": "Key/value cache of the sampler: 'exact', for any-order decoding; 'prefix' or 'dual' (Fast-dLLM), "
+            "which are approximate: within a block the keys and values of what stands before it, and under 'dual' of "
+            "what follows too, stay those of its first step. None recomputes everything.",
             "choices": sorted({cache for caches in CACHES.values() for cache in caches if cache}),
         },
     )
@@ -101,6 +104,11 @@ class DecodingArguments:
             "Training refuses it, because the scorer would have to follow it."
         },
     )
+
+    @property
+    def approximate_cache(self) -> bool:
+        """Whether tokens are drawn from other distributions than the model's, because of the cache."""
+        return self.cache in APPROXIMATE_CACHES
 
     @property
     def truncates(self) -> bool:
@@ -122,6 +130,10 @@ class DecodingArguments:
             )
         if self.cfg_scale and self.decoding != "denoising":
             raise ValueError(f"cfg_scale={self.cfg_scale} needs decoding='denoising'; set it to 0.")
+        if self.cfg_scale and self.approximate_cache:
+            raise ValueError(
+                f"cfg_scale={self.cfg_scale} needs cache=None, got {self.cache!r}; set one of them to it."
+            )
         if self.cfg_scale < 0:
             raise ValueError(f"cfg_scale={self.cfg_scale} must not be negative (0 turns guidance off).")
         if self.confidence_threshold is not None and self.remasking == "left_to_right":

@@ -10,6 +10,7 @@ from ..models.spec import check_full_attention, check_positions, check_unshifted
 from ..noise import Purpose, hash64
 from ..rollout import Rollout
 from .any_order import AnyOrderDecoding, CachedAnyOrderDecoding
+from .block_cache import BlockCachedDenoising
 from .config import DiffusionGenerationConfig
 from .denoising import Denoising
 
@@ -53,12 +54,13 @@ def generate(
             row numbers, so two calls draw the same.
         spec (`MaskedDiffusionSpec`, *optional*): read from the model's config if not given.
         batch_size (`int`, *optional*): rows decoded at a time; None takes all.
-        still_running (`Callable`): asked before each step whether any process has work left; sharded models need a
-            forward from every process, and a process that is done runs one on a spare row.
+        still_running (`Callable`): asked before each step, and before the prompts go into a cache, whether any process
+            has work left; sharded models need a forward from every process, and one that is done runs a spare row.
 
     Returns:
         `Rollout` of B rows. Costs `diffusion_steps` forwards of P + L tokens a row, fewer with early stop or a
-        threshold.
+        threshold. With an approximate cache only one of them a block; the others are of the block (`dual`) or of it
+        and what follows (`prefix`).
 
     Raises:
         ValueError: a model that is no masked diffusion model or a block-causal one, an empty prompt for a shifted
@@ -71,7 +73,7 @@ def generate(
     rows = prompt_ids.shape[0]
     longest = int(prompt_mask.sum(dim=1).max()) if rows else 0
     check_positions(unwrap(model).config, longest, config.max_new_tokens, "max_new_tokens")
-    decoder = Denoising
+    decoder = BlockCachedDenoising if config.approximate_cache else Denoising
     if config.decoding == "any_order":
         check_unshifted("any-order decoding", spec.logits_shift)
         decoder = CachedAnyOrderDecoding if config.cache == "exact" else AnyOrderDecoding
@@ -87,6 +89,7 @@ def generate(
     for start in range(0, max(rows, 1), batch_size):
         part = slice(start, start + batch_size)
         state = decoder(model, prompt_ids[part], prompt_mask[part], config, seeds[part], spec)
+        state.start(still_running)
         while still_running(bool(state.active.any())):
             state.step()
         parts.append(state.rollout())

@@ -13,6 +13,7 @@ from ..generation import DecodingArguments, DiffusionGenerationConfig, decoding_
 from ..likelihood import ESTIMATORS, Estimator
 from ..models import PaperFlops, paper_flops
 from ..rollout import Rollout
+from .engine import CORRECTIONS
 from .loss import LOSSES
 from .settings import check_settings, name_checkpointing
 from .stock import Refused, refuse, take_over
@@ -42,6 +43,7 @@ _ELSEWHERE = (*_REFUSED, *(f.name for f in fields(DecodingArguments)))
 _CHOICES = {
     "loss_type": LOSSES,
     "importance_sampling_level": ("token", "sequence"),
+    "vllm_importance_sampling_mode": CORRECTIONS,
     "scale_rewards": ("group", "batch", "none", True, False),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
 }

@@ -35,11 +35,12 @@ from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_
 from ..models.lora import register_lora_targets
 from ..models.spec import check_full_attention, check_unshifted
 from ..noise import row_seeds
-from ..rollout import Rollout
+from ..rollout import Rollout, left_pad
 from .architecture import check_architecture
 from .base import HOOKS, DiffusionTrainer
 from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
 from .data import check_grpo_data, check_text
+from .engine import check_engine, checked_rollouts, correct
 from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import backward, deferred_sync, is_separable, sub_sample_weights, token_weights, wd1_advantages
@@ -53,11 +54,13 @@ from .stock import (
     Interface,
     check_trl,
     known_arguments,
+    leave_out_router_loss,
     own_config,
     read_config,
     read_tokenizer,
     refuse_processor,
     refuse_prompt_learning,
+    refuse_sharded_integers,
     without_dropout,
 )
 
@@ -71,7 +74,7 @@ _OVERRIDDEN: Interface = {
     **HOOKS,
 }
 
-_NOT_APPLICABLE = ("tools", "rollout_func", "environment_factory")
+_NOT_APPLICABLE = ("tools", "environment_factory")
 
 register_lora_targets()
 
@@ -80,12 +83,13 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     """
     GRPO for masked diffusion language models (LLaDA, Dream, …), with any likelihood of `trl_dllm.likelihood`.
 
-    Takes the arguments of TRL's [`~trl.GRPOTrainer`] (except tools, environments and custom rollouts, which assume an
-    autoregressive sampler) and, besides:
+    Takes the arguments of TRL's [`~trl.GRPOTrainer`] (except tools and environments, which assume an autoregressive
+    sampler; a `rollout_func` also returns its trajectories, see `engine.py`) and, besides:
 
     Logs beside TRL's metrics: `sampling/steps` that a completion took and `sampling/tokens_per_forward`, means over a
     logging window; `flops` (counted) and `flops_paper` (d2's formula) since the run began; `kl` over the vocabulary if
-    `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and scorer if `old_logps="rollout"`.
+    `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and scorer if `old_logps="rollout"`, or
+    where an outside engine or an approximate cache drew the completions.
 
     Args:
         args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
@@ -135,8 +139,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 f"estimator={estimator!r} must be an Estimator instance, like StepMerge(num_segments=8); a name goes "
                 "into DiffusionGRPOConfig(estimator=…)."
             )
-        args.router_aux_loss_coef = 0.0  # mixture-of-experts configs may bring one of their own
         config = read_config(model, args)
+        leave_out_router_loss(config, args)
+        refuse_sharded_integers(config, args, given.get("quantization_config"))
         tokenizer = given.get("processing_class") or read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         self.estimator = estimator if estimator is not None else args.build_estimator()
@@ -148,6 +153,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 "sync_ref_model=True with an adapter: the reference is the model without it, which never changes. Set "
                 "sync_ref_model=False, or train the whole model."
             )
+        check_engine(args, given.get("rollout_func"))
         check_architecture(model, config, args, given.get("peft_config"))
         check_grpo_data(given, args, config, tokenizer)
         if args.decoding == "any_order":
@@ -168,6 +174,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             finally:
                 args.beta = beta
         self.beta = beta
+        if self.rollout_func is not None:
+            self.rollout_func = checked_rollouts(self.rollout_func)
         # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
         if args.kl_estimator == "full" and hasattr(unwrap(self.model).get_output_embeddings(), "modules_to_save"):
             raise ValueError(
@@ -208,6 +216,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     def train(self, *args, **kwargs):
         self.args.validate()  # again: options may have been set since
         self.args.check_estimator(self.estimator)
+        check_engine(self.args, self.rollout_func)
         self.sampling = self.args.generation_config(self.eos_token_ids)
         return super().train(*args, **kwargs)
 
@@ -220,6 +229,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
         rollout, self._rollout = self._rollout, None
+        if self.args.loss_tokens == "canvas":
+            rollout = replace(rollout, counted=rollout.revealed)
 
         # TRL zeroes the mask of truncated completions (mask_truncated_completions).
         outputs |= to_batch(rollout, kept=outputs["completion_mask"].any(dim=1, keepdim=True))
@@ -229,6 +240,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         outputs |= self._old_and_reference_logps(rollout)
         if self.args.loss_type == "wd1":
             outputs["advantages"] = wd1_advantages(self, outputs["advantages"])
+        outputs |= correct(self, rollout, outputs)
         if self.model.training:  # the run's cost is that of training
             self.flops.counted += rollout.flops
             paper = self.args.paper_flops(len(rollout), self._parameters, self._frozen_backbone, self.estimator)
@@ -249,10 +261,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         """Draw the generation batch; TRL gets the completions cut behind their first EOS, the canvas is kept."""
         device = self.accelerator.device
-        width = max(len(ids) for ids in prompt_ids)
-        pad = self._tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompt_ids], device=device).long()
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompt_ids], device=device).bool()
+        ids, mask = left_pad(prompt_ids, self._tokenizer.pad_token_id)
         options = known_arguments(
             unwrap_model_for_generation,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
@@ -268,8 +277,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         ):
             rollout = generate(
                 model,
-                ids.view(len(prompt_ids), width),
-                mask.view(len(prompt_ids), width),
+                ids.to(device),
+                mask.to(device),
                 self.sampling,
                 seeds=self._row_seeds(len(prompt_ids), device),
                 spec=self.spec,
@@ -277,8 +286,6 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 still_running=self._any_process,
             )
         completions = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
-        if self.args.loss_tokens == "canvas":
-            rollout = replace(rollout, counted=rollout.revealed)
         self._rollout = rollout
         return completions, None
 
@@ -315,38 +322,35 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         """Inner iterations that old and reference log-probs differ in."""
         return self.args.num_draws(self.estimator) if self.model.training else 1
 
-    @torch.no_grad()
     def _old_and_reference_logps(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Log-probs of the generation batch for TRL's loss, (B, K, L): one for each of K draws of the views.
+        """Log-probs of the generation batch for TRL's loss, (B, K, L): one for each of K draws of the views."""
+        found = {}
+        if self.args.scores_old:
+            found["old_per_token_logps"] = self._batch_logps(self.model, rollout)
+        elif self.args.needs_old:
+            found["old_per_token_logps"] = rollout.logps.masked_fill(~rollout.counted, 0)[:, None]
+        if self.args.scores_reference:
+            with as_reference(self) as model:
+                found["ref_per_token_logps"] = self._batch_logps(model, rollout)
+            if self.args.ratio_denominator == "ref":
+                found["old_per_token_logps"] = found["ref_per_token_logps"]
+        return found
+
+    @torch.no_grad()
+    def _batch_logps(self, model, rollout: Rollout) -> Tensor:
+        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where not counted.
 
         Everything around the calls is as TRL has it: no gradient, no checkpointing, the batch size of the mode.
         """
-        found = {}
-        kwargs = self.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(self.model, kwargs if isinstance(kwargs, dict) else None):
-            if self.args.scores_old:
-                found["old_per_token_logps"] = self._batch_logps(self.model, rollout)
-            elif self.args.needs_old:
-                found["old_per_token_logps"] = rollout.logps.masked_fill(~rollout.counted, 0)[:, None]
-            if self.args.scores_reference:
-                with as_reference(self) as model:
-                    found["ref_per_token_logps"] = self._batch_logps(model, rollout)
-                if self.args.ratio_denominator == "ref":
-                    found["old_per_token_logps"] = found["ref_per_token_logps"]
-        return found
-
-    def _batch_logps(self, model, rollout: Rollout) -> Tensor:
-        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where not counted."""
-        args = self.args
+        args, kwargs = self.args, self.args.gradient_checkpointing_kwargs
         batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         views = self._num_views(rollout)
-        return torch.stack(
-            [
+        with disable_gradient_checkpointing(self.model, kwargs if isinstance(kwargs, dict) else None):
+            draws = [
                 self._score_views(model, rollout, iteration, views, batch_size).logps
                 for iteration in range(self._num_draws)
-            ],
-            dim=1,
-        )
+            ]
+        return torch.stack(draws, dim=1)
 
     # ------------------------------------------------------------------------------------------------------- scoring
 
@@ -434,7 +438,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 check_loss(self, value, rollout.prompt_ids, rollout.prompt_mask, parts)
                 before_update = self._step % self._cycle < self.args.gradient_accumulation_steps
                 if self.args.old_logps == "rollout" and self.model.training and before_update:
-                    record_mismatch(self, scores, rollout)
+                    record_mismatch(self, (scores.logps - rollout.logps)[rollout.counted])
             return value
 
         if views == 1 or not torch.is_grad_enabled():

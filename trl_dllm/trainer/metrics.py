@@ -1,9 +1,10 @@
 """What GRPO logs beside TRL's metrics. Each function adds its entries to the trainer's, gathered over processes."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from ..likelihood import TokenScores
 from ..rollout import Rollout
 
 
@@ -37,13 +38,44 @@ def record_kl(trainer, kls: Tensor, mask: Tensor) -> None:
 
 
 @torch.no_grad()
-def record_mismatch(trainer, scores: TokenScores, rollout: Rollout) -> None:
+def record_mismatch(trainer, difference: Tensor) -> None:
     """How far the sampler's own log-probs are from the policy's: `sampling/mismatch_kl`, `sampling/mismatch_max`.
 
-    Before the first update of a cycle the two are the same policy, and what differs is rounding or a cache.
+    Before the first update of a cycle the two are the same policy, and what differs is rounding, an approximate cache
+    or an outside engine.
+
+    Args:
+        difference (`Tensor` of shape (n,)): log(policy / sampler) of this process's counted tokens, in nats.
     """
-    ratio = (scores.logps - rollout.logps)[rollout.counted]
-    kl = (ratio.exp() - 1 - ratio).mean().nan_to_num()
+    k3 = (difference.exp() - 1 - difference).sum()
+    total, count = trainer.accelerator.reduce(torch.stack([k3, k3.new_tensor(len(difference))]), "sum").tolist()
+    metrics = _of_mode(trainer)
+    metrics["sampling/mismatch_kl"].append(total / max(count, 1))
+    metrics["sampling/mismatch_max"].append(_extreme(trainer, difference.abs(), 0.0, torch.max))
+
+
+@torch.no_grad()
+def record_correction(trainer, difference: Tensor, weights: Tensor) -> None:
+    """The importance weights between sampler and policy, under TRL's names (which are means of processes).
+
+    Args:
+        difference (`Tensor` of shape (n,)): as in `record_mismatch`.
+        weights (`Tensor` of shape (m,)): of the same tokens, or of the rows.
+    """
     metrics, gather = _of_mode(trainer), trainer.accelerator.gather
-    metrics["sampling/mismatch_kl"].append(gather(kl).mean().item())
-    metrics["sampling/mismatch_max"].append(gather(ratio.abs().max()).max().item())
+    name = "sampling/sampling_logp_difference"
+    metrics[f"{name}/mean"].append(gather(_mean(difference.abs())).mean().item())
+    metrics[f"{name}/max"].append(_extreme(trainer, difference.abs(), 0.0, torch.max))
+    name = "sampling/importance_sampling_ratio"
+    metrics[f"{name}/min"].append(_extreme(trainer, weights, torch.inf, torch.min))
+    metrics[f"{name}/mean"].append(gather(_mean(weights)).mean().item())
+    metrics[f"{name}/max"].append(_extreme(trainer, weights, 0.0, torch.max))
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean() if values.numel() else values.new_zeros(())
+
+
+def _extreme(trainer, values: Tensor, empty: float, of: Callable[[Tensor], Tensor]) -> float:
+    """The largest or the smallest of all processes' numbers; `empty` stands for a process that has none."""
+    return of(trainer.accelerator.gather(of(values) if values.numel() else values.new_tensor(empty))).item()
