@@ -138,9 +138,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             )
         args.router_aux_loss_coef = 0.0  # mixture-of-experts configs may bring one of their own
         config = read_config(model, args)
-        refuse_sharded_integers(config, args, given.get("quantization_config"))
         tokenizer = given.get("processing_class") or read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
+        refuse_sharded_integers(config, args, given.get("quantization_config"))
         self.estimator = estimator if estimator is not None else args.build_estimator()
         check_full_attention(type(self.estimator).__name__, self.spec.block_size)
         self.estimator.check(self.spec.logits_shift)
