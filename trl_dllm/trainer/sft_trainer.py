@@ -270,9 +270,9 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
             )
         config = read_config(model, args)
         leave_out_router_loss(config, args)
-        refuse_sharded_integers(config, args, given.get("quantization_config"))
         if isinstance(model, str) and given.get("processing_class") is None:
             given["processing_class"] = AutoProcessor.from_pretrained(model, **hub_kwargs(args))
+        refuse_sharded_integers(config, args, given.get("quantization_config"))
         refuse_processor(given.get("processing_class"))
         if given.get("processing_class") is not None:
             check_objective(args.objective, MaskedDiffusionSpec.from_config(config, given["processing_class"]))
