@@ -33,8 +33,8 @@ def to_batch(rollout: Rollout, kept: Tensor) -> dict[str, Tensor]:
     }
 
 
-def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float) -> Rollout:
-    """The rollout of a micro-batch."""
+def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float, steps: int | None = None) -> Rollout:
+    """The rollout of a micro-batch; `steps` of the schedule it was drawn by, None for an adaptive one."""
     return Rollout(
         prompt_ids=batch["prompt_ids"],
         prompt_mask=batch["prompt_mask"],
@@ -46,6 +46,7 @@ def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float)
         mask_token_id=mask_token_id,
         temperature=temperature,
         support=batch.get("support"),
+        steps=steps,
     )
 
 
