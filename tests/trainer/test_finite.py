@@ -27,9 +27,9 @@ class BrokenTrainer(DiffusionGRPOTrainer):
         finally:
             self._for_the_loss = False
 
-    def _score_view(self, model, rollout, *args, **kwargs):
-        scores = super()._score_view(model, rollout, *args, **kwargs)
-        first = torch.arange(len(rollout))[:, None] == 0
+    def _score_view(self, model, plan, *args, **kwargs):
+        scores = super()._score_view(model, plan, *args, **kwargs)
+        first = torch.arange(len(plan.rollout))[:, None] == 0
         return scores.map(lambda table: self.spoil(table, first)) if self._for_the_loss else scores
 
     _for_the_loss, spoil = False, None

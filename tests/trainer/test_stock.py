@@ -30,7 +30,7 @@ def test_the_fixture_notices_loaded_weights(tmp_path, checkpoint, no_weights):
         make(tmp_path, checkpoint())
 
 
-@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+@pytest.mark.parametrize("name", ["tools", "environment_factory"])
 def test_samplers_that_join_generations_are_refused_before_weights_load(tmp_path, checkpoint, no_weights, name):
     def tool():
         """A tool."""

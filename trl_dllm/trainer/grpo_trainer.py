@@ -347,7 +347,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     def _plan(self, rollout: Rollout, draw: int, batch: dict[str, Tensor]) -> tuple[Plan, int]:
         """The forwards of a micro-batch, and how many are made: as many on each process as on the one with most."""
         check_estimator(self.estimator, rollout, self.spec)
-        plan = Plan(self.estimator, rollout, draw, len(rollout), self.args.p_mask_prompt, skipped=batch["skipped"])
+        plan = Plan(self.estimator, rollout, draw, len(rollout), self.args.p_mask_prompt, skipped=batch.get("skipped"))
         needed = torch.tensor([max(1, len(plan))], device=self.accelerator.device)
         return plan, int(self.accelerator.gather(needed).max())
 

@@ -33,7 +33,9 @@ def record_generation(trainer, rollout: Rollout, skipped: Tensor) -> None:
 @torch.no_grad()
 def record_entropy(trainer, entropies: Tensor, inputs: dict[str, Tensor]) -> None:
     """TRL's `entropy` over the tokens that were run: rows without a gradient are left out of the mean."""
-    mask = inputs["completion_mask"] * ~inputs["skipped"][:, None]
+    mask = inputs["completion_mask"]
+    if "skipped" in inputs:
+        mask = mask * ~inputs["skipped"][:, None]
     sums = torch.stack([(entropies * mask).sum(), mask.sum().to(entropies.dtype)])
     total, count = trainer.accelerator.reduce(sums, reduction="sum").tolist()
     _of_mode(trainer)["entropy"][-1] = total / max(count, 1)
