@@ -1,6 +1,8 @@
 # make demo [SEED=0]   train a tiny model by SFT and GRPO, and measure it before and after
 # make test            the fast tests;  make test-slow: the rest;  make lint: style and types
+# make test-sharding   every way to shard x adapter x estimator x KL, on two processes; 20 minutes
 # make coverage        the fast tests, and the lines of the core that they run
+# make test-oldest     the trainers' and models' tests on the oldest versions that pyproject.toml allows
 # make test-trl-main   the trainers' tests on a checkout of TRL: make test-trl-main TRL=../trl
 # Each target sets up its own environment in .venv the first time.
 
@@ -14,7 +16,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow lint format coverage test-trl-main clean
+.PHONY: demo test test-slow test-sharding lint format coverage test-oldest test-trl-main clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m trl_dllm.scripts.demo --seed $(SEED) --output_dir runs/demo
@@ -25,6 +27,10 @@ test: $(VENV)/dev
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow tests
 
+# The slow tests hold every pair of them.
+test-sharding: $(VENV)/dev
+	TRL_DLLM_SHARDING=all $(BIN)/python -m pytest -m slow tests/trainer/test_grpo_distributed.py tests/trainer/test_sft_distributed.py
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,6 +39,23 @@ lint: $(VENV)/dev
 coverage: $(VENV)/dev
 	$(BIN)/coverage run -m pytest -m "not slow" tests
 	$(BIN)/coverage report --include "trl_dllm/likelihood/*,trl_dllm/generation/*,trl_dllm/models/*,trl_dllm/trainer/*"
+
+# An environment whose own packages are the floors; torch and the tools are those of the first one.
+OLDEST := $(VENV)/oldest
+test-oldest: $(OLDEST)/ready
+	$(OLDEST)/bin/python -c "from importlib.metadata import version as v; print(*(f'{p} {v(p)}' for p in \
+	    'trl transformers peft accelerate datasets torch'.split()), sep=', ')"
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" tests/trainer tests/models
+
+$(OLDEST)/ready: $(VENV)/dev pyproject.toml
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv --without-pip $(OLDEST)
+	$(BIN)/python -c "import sysconfig as s; print(f'import site; site.addsitedir({s.get_path(\"purelib\")!r})')" \
+	    > "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/first.pth"
+	$(OLDEST)/bin/python -m pip install --quiet $$($(BIN)/python -c "import re, tomllib; \
+	    needed = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+	    print(*(re.sub('>=([0-9.]+).*', r'==\1', d) for d in needed if '>=' in d and not d.startswith('torch')))")
+	touch $@
 
 # TRL's private methods are overridden: the day it moves, this says so.
 test-trl-main: $(VENV)/dev

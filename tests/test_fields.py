@@ -11,7 +11,7 @@ import pytest
 from trl_dllm.fields import check_fields, check_kind, document_fields
 
 
-class Colour(str, Enum):
+class Colour(str, Enum):  # noqa: UP042  as transformers declares its own
     RED = "red"
     GREEN = "green"
 

@@ -1,6 +1,11 @@
 """The model class for lm-evaluation-harness."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +155,44 @@ def test_an_empty_context_and_rolling_text_have_a_bound(folder):
     ((value, greedy),) = model.loglikelihood(ask("loglikelihood", ("", "12")), disable_tqdm=True)
     assert value < 0 and greedy is False
     assert model.loglikelihood_rolling(ask("loglikelihood_rolling", ("12",)), disable_tqdm=True)[0] < 0
+
+
+def test_the_harness_runs_from_the_command_line_without_a_gpu(folder, tmp_path):
+    """The harness names a GPU where its user names no device."""
+    (tmp_path / "rows.json").write_text('{"q": "1+2=", "a": "3"}\n{"q": "2+2=", "a": "4"}\n')
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "rows.json")},
+        "test_split": "train",
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"max_gen_toks": 8, "until": ["\n"]},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (tmp_path / "sums.yaml").write_text(json.dumps(task))  # which is YAML too
+    argv = ["--model", "trl_dllm", "--tasks", "sums", "--include_path", ".", "--output_path", "out"]
+    argv += ["--model_args", f"pretrained={folder},max_new_tokens=8"]
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_dllm.harness", *argv],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it runs on the CPU" in done.stdout and "|sums |" in done.stdout
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert 0 <= json.loads(results.read_text())["results"]["sums"]["exact_match,none"] <= 1
+
+
+def test_a_device_that_is_here_is_taken_without_a_word(folder, capsys):
+    assert get_model("trl_dllm")(folder, device="cpu")._device.type == "cpu"
+    assert "device" not in capsys.readouterr().out

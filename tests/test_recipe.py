@@ -142,6 +142,14 @@ def test_accelerate_configs_of_this_library_come_first(name):
     assert find_accelerate_config(name) == RECIPES / "accelerate_configs" / f"{name}.yaml"
 
 
+@pytest.mark.parametrize("name", ["zero2.yaml", "accelerate_configs/zero2", "recipes/accelerate_configs/zero2.yaml"])
+def test_accelerate_configs_are_found_by_longer_names_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_accelerate_config(name) == RECIPES / "accelerate_configs" / "zero2.yaml"
+    with pytest.raises(FileNotFoundError, match=r"mine/zero2.yaml is neither a file nor one of"):
+        find_accelerate_config("mine/zero2.yaml")
+
+
 @pytest.mark.parametrize("name", ["fsdp1", "fsdp2", "zero1", "multi_gpu", "single_gpu"])
 def test_accelerate_configs_of_trl_are_found(name):
     path = find_accelerate_config(name)

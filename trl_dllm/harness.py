@@ -71,7 +71,11 @@ class DiffusionLM(LM):
         if line:
             say(line)
         self.tokenizer = AutoTokenizer.from_pretrained(pretrained, padding_side="left")
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # The harness says "cuda" where its user says nothing.
+        cuda = torch.cuda.is_available()
+        self._device = torch.device("cpu" if (device or "cuda").startswith("cuda") and not cuda else device or "cuda")
+        if self._device.type == "cpu" and device not in (None, "cpu"):
+            say(f"device={device} (the harness's own, if none was given), but torch finds no GPU: it runs on the CPU.")
         base = AutoModelForCausalLM.from_pretrained(pretrained, dtype=dtype)
         self.model = (load_adapter(base, peft) if peft else base).eval().to(self._device)
         self.spec = MaskedDiffusionSpec.from_model(self.model, self.tokenizer)

@@ -45,10 +45,16 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def find_accelerate_config(name: str) -> Path:
-    """A config of `accelerate launch`: an existing file, or a name, this library's (ddp, fsdp, zero2, zero3) or TRL's.
-    Raises `FileNotFoundError`, which lists the names."""
-    if Path(name).is_file():
-        return Path(name)
+    """A config of `accelerate launch`: an existing file, or a name, this library's (ddp, fsdp, zero2, zero3) or TRL's,
+    with or without `recipes/accelerate_configs/` and `.yaml`, from any folder.
+
+    Raises `FileNotFoundError`, which lists the names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.parent.as_posix() in ("recipes/accelerate_configs", "accelerate_configs", "."):
+        name = path.name.removesuffix(".yaml")
     folders = resources.files("trl") / "accelerate_configs", RECIPES / "accelerate_configs"
     known = {file.name.removesuffix(".yaml"): Path(str(file)) for folder in folders for file in folder.iterdir()}
     if name not in known:

@@ -35,6 +35,14 @@ SHRUNK = {
 # Beginning of a command -> why it is not run.
 NOT_RUN = {
     "pip install": "it changes the environment that the tests run in, and needs a package index",
+    **{
+        f"trl-dllm {command} {flag}": "it takes the GPUs of a machine: test_scaling.py takes it up to its processes"
+        for command, flag in (
+            ("grpo", "--num_processes"),
+            ("grpo", "--accelerate_config"),
+            ("sft", "--accelerate_config"),
+        )
+    },
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
@@ -107,7 +115,7 @@ def test_shell_blocks_run(page, folder):
                 subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=clean, check=True, capture_output=True)
             else:
                 assert words[0] == "trl-dllm" and words[1] in SHRUNK, f"{name(page)}: nothing here runs {words}"
-                cli.main([*words[1:], *SHRUNK[words[1]].split()])
+                cli.main([*words[1:], *([] if "--dry_run" in words else SHRUNK[words[1]].split())])
 
 
 def test_every_block_is_code_that_runs_or_no_code():

@@ -7,7 +7,7 @@ import torch
 from oracles import sharp_model, token_distribution
 from torch import nn
 
-from trl_dllm.models import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, unwrap
+from trl_dllm.models import TILE_ROWS, apply_head, entropy, hidden_rows, hidden_rows_and_head, log_probs, unwrap
 
 
 MASK = 3
@@ -128,6 +128,33 @@ def test_hidden_rows_are_what_the_head_reads(family):
         logits = model(**inputs(), use_cache=False).logits.flatten(0, 1)
     assert hidden.shape == (4, 32) and "forward" not in model.lm_head.__dict__
     torch.testing.assert_close(model.lm_head(hidden), logits[rows], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_is_copied_while_it_is_whole(bias):
+    """A sharded model's head is whole within its forward alone: what is returned projects behind it, and later."""
+    model, rows = sharp_model("llada", dtype=torch.float32), torch.tensor([31, 0, 12])
+    model.lm_head = nn.Linear(32, model.lm_head.out_features, bias=bias)
+    whole = {name: p.data for name, p in model.lm_head.named_parameters()}
+    with torch.no_grad():
+        logits = model(**inputs(), use_cache=False).logits.flatten(0, 1)
+
+    def scatter(*args):
+        for name, p in model.lm_head.named_parameters():
+            p.data = whole[name][:0]
+
+    def gather(*args):
+        for name, p in model.lm_head.named_parameters():
+            p.data = whole[name].clone()
+
+    scatter()
+    model.lm_head.register_forward_pre_hook(gather)
+    model.lm_head.register_forward_hook(scatter)
+    with torch.no_grad():
+        hidden, project = hidden_rows_and_head(model, inputs(), rows)
+    assert model.lm_head.weight.numel() == 0 and hidden.shape == (3, 32)
+    torch.testing.assert_close(project(hidden), logits[rows], atol=1e-6, rtol=0)
+    assert "forward" not in model.lm_head.__dict__
 
 
 def test_no_cache_is_made_unless_one_is_given():

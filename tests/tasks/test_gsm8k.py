@@ -50,6 +50,23 @@ def test_default_parser(text, number):
     assert gsm8k_reward([text], answer=["42"]) == [2.0 if number == 42 else 0.0]
 
 
+@pytest.mark.parametrize(
+    "answer, correct", [("7", True), ("7.00", True), ("7.05", False), ("6.9", False), ("14/2", True)]
+)
+def test_numbers_are_equal_or_they_are_not(answer, correct):
+    """Up to what a decimal of a fraction rounds off, 1e-6."""
+    assert score(f"<answer>{answer}</answer>", {"answer": "7"})["correct"] == correct
+    assert score("<answer>0.3333333</answer>", {"answer": "1/3"})["correct"]
+
+
+def test_a_bare_number_is_an_answer_up_to_50_characters():
+    short, long = "1" + ",000" * 12, "1" + ",000" * 13
+    assert (len(short), len(long)) == (49, 53)
+    assert parse_answer(short) == 10**36 and parse_answer(long) is None
+    assert parse_answer(f"<answer>{long}</answer>") == 10**39, "marked, it is one"
+    assert number_reward([f"<answer>{number}</answer>" for number in (short, long)]) == [0.5, 0.0]
+
+
 # The default's rewards
 
 

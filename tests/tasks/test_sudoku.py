@@ -219,6 +219,12 @@ def test_givens_never_count():
     assert cells(PUZZLE) == 0.0
 
 
+def test_a_puzzle_without_blanks_earns_nothing_for_cells():
+    assert cells(SOLUTION, puzzle=SOLUTION) == cells("", puzzle=SOLUTION) == 0.0
+    row = {"puzzle": SOLUTION, "solution": SOLUTION}
+    assert score(SOLUTION, row) == {"correct": True, "cells_correct": 0, "cells_total": 0}
+
+
 def test_rewards_of_a_batch_stay_in_order():
     texts = [SOLUTION, PUZZLE, "12"]
     columns = {"puzzle": [PUZZLE] * 3, "solution": [SOLUTION] * 3}

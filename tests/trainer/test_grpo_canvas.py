@@ -1,5 +1,6 @@
 """The loss sees the whole canvas and counts the tokens it is told to; rewards see completions cut at the first EOS."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -205,15 +206,18 @@ def test_improbable_tokens_behind_the_eos_do_not_make_the_loss_infinite(tmp_path
         rollout = replace(as_rollout(trainer, batch), counted=batch["unmask_step"] >= 0)
         with torch.no_grad():
             logps = token_logps(trainer.model, rollout, trainer.estimator, temperature=0.01).logps
-        improbable |= bool((logps[~batch["counted"]] < -100).any())
+            scores = trainer._score_views(trainer.model, as_rollout(trainer, batch), 0, 1)
+        uncounted = ~batch["counted"]
+        improbable |= bool((logps[uncounted] < -100).any())
+        tables = [scores.logps, *(batch[f"{policy}_per_token_logps"][:, 0] for policy in ("old", "ref"))]
+        assert all(table[uncounted].eq(0).all() and table[~uncounted].lt(0).any() for table in tables)
     assert improbable, "nothing was tested"
 
 
-@pytest.mark.parametrize("pad_to_multiple_of", [None, 16])
-def test_padding_that_trl_adds_changes_no_number(tmp_path, pad_to_multiple_of):
+def test_padding_that_trl_adds_changes_no_number(tmp_path):
     settings = {"num_iterations": 2, "max_steps": 2, "beta": 0.04, "num_segments": 3, "p_mask_prompt": 0.2}
     runs = []
-    for multiple in (None, pad_to_multiple_of):
+    for multiple in (None, 16):
         trainer = build(tmp_path, CheckedTrainer, pad_to_multiple_of=multiple, **settings)
         trainer.train()
         assert max(trainer.gradient_errors) < 1e-6
@@ -244,19 +248,29 @@ def test_a_small_sampler_batch_draws_the_same_completions(tmp_path, generated):
 def test_greedy_rollouts_train(tmp_path):
     """Temperature 0: the rewards of a group are equal, so nothing moves, and nothing divides by zero."""
     trainer = build(tmp_path, temperature=0.0, beta=0.04, num_iterations=2, max_steps=2)
+    before = weights(trainer)
     trainer.train()
-    assert all(math.isfinite(value) for value in losses(trainer))
+    assert losses(trainer, "frac_reward_zero_std") == [1.0]
+    assert losses(trainer) == losses(trainer, "kl") == losses(trainer, "grad_norm") == [0.0, 0.0]
+    assert not moved(before, trainer)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "bnpo"])
 def test_evaluation_scores_whole_canvases_and_restores_nothing_of_training(tmp_path, monkeypatch, loss_type):
     """Evaluation losses are TRL's on the estimator's log-probs; the weights and training metrics stay as they were."""
-    modes = []
+    modes, values, expected = [], [], []
     stock = GRPOTrainer._compute_loss
 
-    def reporting(self, model, inputs):
+    def reporting(self, scores, inputs):
         modes.append((self.model.training, torch.is_grad_enabled(), inputs["completion_ids"].shape[1]))
-        return stock(self, model, inputs)
+        values.append(stock(self, scores, inputs))
+        logps = token_logps(self.model, as_rollout(self, inputs), self.estimator).logps
+        torch.testing.assert_close(scores.logps, logps, atol=1e-5, rtol=0)
+        # The ratio is 1, so that a token's loss is minus its completion's advantage.
+        mask, minus = inputs["completion_mask"], -inputs["advantages"]
+        lengths = mask.sum(dim=1)
+        expected.append((minus.mean() if loss_type == "grpo" else (minus * lengths).sum() / lengths.sum()).item())
+        return values[-1]
 
     trainer = build(
         tmp_path,
@@ -272,8 +286,12 @@ def test_evaluation_scores_whole_canvases_and_restores_nothing_of_training(tmp_p
     )
     trainer.train()
     before = weights(trainer)
+    training = copy.deepcopy(trainer._metrics["train"])
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", reporting)
     metrics = trainer.evaluate()
+    assert values == pytest.approx(expected, abs=1e-6) and (loss_type == "grpo" or max(map(abs, expected)) > 0.01)
+    assert metrics["eval_loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-6)
+    assert trainer._metrics["train"] == training
     assert {mode[0] for mode in modes} == {False} and {mode[2] for mode in modes} == {CANVAS}
-    assert math.isfinite(metrics["eval_loss"]) and not moved(before, trainer)
+    assert not moved(before, trainer)
     assert "eval_reward" in metrics and "eval_sampling/steps" in metrics and "eval_entropy" in metrics

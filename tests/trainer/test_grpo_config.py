@@ -39,7 +39,7 @@ REFUSED = [
     ({"max_completion_length": None}, "None", "set a number"),
     ({"remasking": "confidence"}, "'confidence'", "low_confidence"),
     ({"decoding": "autoregressive"}, "'autoregressive'", "denoising"),
-    ({"cache": "prefix"}, "'prefix'", "None"),
+    ({"cache": "exact"}, "'exact'", "None"),
     ({"old_logps": "sampler"}, "'sampler'", "choose 'recompute'"),
     ({"old_logps": "rollout", "num_segments": 2}, "'rollout'", "old_logps='recompute'"),
     (

@@ -352,6 +352,41 @@ def test_full_kl_and_its_gradient_are_those_of_full_logits(tmp_path, loss_type, 
     assert logged == pytest.approx(((kl.detach() * mask).sum() / mask.sum()).item(), rel=1e-5)
 
 
+FILTERS = {
+    "off-policy mask": {"off_policy_mask_threshold": 0.05},
+    "entropy quantile": {"top_entropy_quantile": 0.5},
+    "entropy bonus": {"entropy_coef": 0.1},
+}
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_and_the_entropy_bonus_go_with_the_full_kl(tmp_path, name, loss_type):
+    """They see all views together, and the KL counts at every counted token, whatever they leave out."""
+    found = []
+    settings = {"kl_estimator": "full", "loss_type": loss_type}
+    for trainer_class in (DiffusionGRPOTrainer, OneGraphTrainer):
+        trainer = make_trainer(
+            tmp_path, StepMerge(2), trainer_class=trainer_class, max_completion_length=6, block_length=6, **settings
+        )
+        inputs = with_old_and_ref(trainer, micro_batch(trainer, canvas=6, lengths=(6, 5, 3, 6)), StepMerge(2))
+        inputs["old_per_token_logps"][3] += 0.3  # off-policy as a whole; row 1 is so in one of its views alone
+        _, plain = gradient(trainer, inputs)
+        for field, value in FILTERS[name].items():
+            setattr(trainer, field, value)
+        trainer._entropy_bonus_enabled = name == "entropy bonus"
+        assert not trainer._separable
+        found.append(gradient(trainer, inputs))
+        assert (found[-1][1] - plain).abs().max() > 1e-3 * plain.abs().max(), "nothing was filtered"
+    (loss, segmented), (one_loss, one_graph) = found
+    assert loss == pytest.approx(one_loss, rel=1e-6)
+    assert (segmented - one_graph).abs().max() < 1e-6 * one_graph.abs().max()
+    kl = brute_force_kl(trainer, inputs, StepMerge(2)).detach()
+    trainer.beta = 0.0
+    without, _ = gradient(trainer, inputs)
+    assert loss - without == pytest.approx((BETA * normalised(loss_type, kl, inputs)).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("estimator", [PseudoLikelihood(2), MeanField(), Elbo(2)], ids=lambda e: type(e).__name__)
 def test_identity_10_full_kl_of_an_identical_reference_is_zero(tmp_path, estimator, peft):
@@ -616,6 +651,30 @@ def test_gradients_of_one_view_at_a_time_are_those_of_one_graph(tmp_path, estima
     assert loss == pytest.approx(one_loss, rel=1e-6)
     assert one_graph.abs().max() > 1e-6
     assert (segmented - one_graph).abs().max() < 1e-6 * one_graph.abs().max()
+
+
+@pytest.mark.parametrize("beta", [0.0, BETA])
+def test_views_of_very_improbable_tokens_have_the_gradients_of_one_graph(tmp_path, beta):
+    """float32, and old log-probs below -88: exp(0 - old) would be infinite where a view scores nothing, and its slope
+    times the zero there no number."""
+    found = []
+    for trainer_class in (DiffusionGRPOTrainer, OneGraphTrainer):
+        trainer = make_trainer(tmp_path, StepMerge(2), trainer_class=trainer_class, score_temperature=0.02, beta=beta)
+        trainer.model.float()
+        inputs = {k: v.float() if v.is_floating_point() else v for k, v in micro_batch(trainer).items()}
+        rollout = as_rollout(trainer, inputs)
+        with torch.no_grad():
+            old = token_logps(trainer.model, rollout, StepMerge(2), 0.02).logps
+        noise = 0.1 * torch.randn(old.shape, generator=torch.Generator().manual_seed(5))
+        inputs["old_per_token_logps"] = (old + noise).masked_fill(~rollout.counted, 0)[:, None]
+        inputs["ref_per_token_logps"] = inputs["old_per_token_logps"]
+        views = [StepMerge(2).view(rollout, n, rollout.view_seed, 0).targets.ne(-100).any(dim=1) for n in range(2)]
+        assert (old[rollout.counted] < -88).float().mean() > 0.5 and all(view.any() for view in views)
+        found.append(gradient(trainer, inputs))
+    (loss, segmented), (one_loss, one_graph) = found
+    assert loss == pytest.approx(one_loss, rel=1e-5)
+    assert one_graph.isfinite().all() and one_graph.abs().max() > 0
+    assert (segmented - one_graph).abs().max() < 1e-5 * one_graph.abs().max()
 
 
 @pytest.mark.parametrize("redraw", [True, False])

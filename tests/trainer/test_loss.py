@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from helpers_grpo import build
 from trl import GRPOTrainer
 
 from trl_dllm.likelihood import TokenScores
-from trl_dllm.trainer.loss import SEPARABLE_LOSSES, is_separable, sub_sample_weights, token_weights, wd1_weights
+from trl_dllm.trainer.loss import (
+    SEPARABLE_LOSSES,
+    is_separable,
+    sub_sample_weights,
+    token_weights,
+    wd1_advantages,
+    wd1_weights,
+)
 
 
 # Every loss type that the installed TRL's loss tells apart: a new one fails `token_weights` until it is known.
@@ -93,6 +101,21 @@ def test_wd1_weights_are_softmax_plus_minus_of_each_group():
     assert weights[0].tolist() == [0.0, 0.0, 0.0]
     positive, negative = (torch.tensor([s * a for a in (1.0, 2.0, -1.0)]).double().exp() for s in (1, -1))
     assert torch.allclose(weights[1], 3 * (positive / positive.sum() - negative / negative.sum()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_wd1_groups_are_those_of_training_or_of_evaluation_also_across_processes(training):
+    """The second of two processes: its six completions are parts of groups of four, or whole groups of two."""
+    whole = torch.arange(12.0).sin()
+    trainer = SimpleNamespace(
+        num_generations=4,
+        num_generations_eval=2,
+        model=SimpleNamespace(training=training),
+        accelerator=SimpleNamespace(gather=lambda own: torch.cat([whole[:6], own]), process_index=1),
+    )
+    groups = whole.view(3, 4) if training else whole.view(6, 2)
+    expected = groups.shape[1] * (groups.softmax(dim=1) - (-groups).softmax(dim=1))
+    torch.testing.assert_close(wd1_advantages(trainer, whole[6:]), expected.flatten()[6:])
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a_config_raises_no_futurewarning(tmp_path, cls, settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pad_to_multiple_of": "nonsense"}, "pad_to_multiple_of='nonsense' must be a whole number of at least 1"),
+        ({"pad_to_multiple_of": "nonsense"}, "pad_to_multiple_of='nonsense' must be a whole number"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0 must be"),
         ({"accelerator_config": "{bad json"}, "accelerator_config='{bad json' must be a mapping"),
         ({"deepspeed": "{bad json"}, "deepspeed='{bad json' must be a mapping"),

@@ -16,7 +16,9 @@ from trl_dllm.noise import Purpose, row_seeds, uniform
 from trl_dllm.trainer.sft_trainer import any_order_view
 
 
-TEXTS = (["copy abc:", "x:", "", "12345678 :", "q"], ["abc", "a longer answer", "b", "1", "yes, no"])
+# The widest row has a short answer.
+PROMPTS = ["copy abc:", "x:", "", "a prompt wider than all other rows :", "q"]
+TEXTS = (PROMPTS, ["abc", "a longer answer", "b", "1", "yes, no"])
 
 
 def sft_config(folder, **kwargs):

@@ -46,8 +46,3 @@ def test_any_order_needs_a_block_and_takes_the_largest_that_divides_the_canvas(t
     for canvas, block in ((None, 32), (48, 16), (17, 1), (256, 32)):
         assert config(tmp_path, objective="any_order", canvas_length=canvas).block_length == block
     assert config(tmp_path, canvas_length=48).block_length is None
-
-
-def test_a_mixture_of_experts_coefficient_is_turned_off(tmp_path):
-    """TRL would take the model's own where it is None."""
-    assert config(tmp_path, router_aux_loss_coef=None).router_aux_loss_coef == 0.0

@@ -232,10 +232,13 @@ def test_answers_are_filled_with_eos_which_is_a_target(canvas, block, answer, ex
 
 
 def test_an_answer_cut_by_max_length_gets_no_eos(tmp_path):
-    run = trainer(tmp_path, data=dataset(["p:"] * 2, ["abcdef", "ab"]), max_length=6, canvas_length=8)
+    """One that is whole at just that length, its EOS included, is filled like any other."""
+    run = trainer(tmp_path, data=dataset(["p:"] * 3, ["abcdef", "ab", "abc"]), max_length=6, canvas_length=8)
     batch = run.data_collator(list(run.train_dataset))
     assert (batch["labels"][0] == EOS).sum() == 0 and (batch["labels"][0] != -100).sum() == 4
     assert (batch["labels"][1] == EOS).sum() == 6 and (batch["labels"][1] != -100).sum() == 8
+    assert len(run.train_dataset[2]["input_ids"]) == 6 and run.train_dataset[2]["input_ids"][-1] == EOS
+    assert (batch["labels"][2] == EOS).sum() == 5 and (batch["labels"][2] != -100).sum() == 8
 
 
 def test_labels_with_a_gap_are_refused():

@@ -1,14 +1,19 @@
 """What every trainer refuses before any weight is loaded, and what it checks of TRL."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from helpers_grpo import as_rollout, build, config, lora, moved, reward, text_prompts, tiny, weights
 from peft import PromptTuningConfig, get_peft_model
-from transformers import AutoConfig, LlamaConfig
+from test_sft_trainer import config as sft_config
+from test_sft_trainer import dataset
+from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
-from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.likelihood import ExactTrajectory, token_logps
 from trl_dllm.trainer.grpo_trainer import _OVERRIDDEN as GRPO_OVERRIDES
 from trl_dllm.trainer.sft_trainer import _OVERRIDDEN as SFT_OVERRIDES
@@ -102,6 +107,50 @@ def test_virtual_tokens_are_refused_before_weights_load(tmp_path, checkpoint, no
         make(tmp_path, model, tiny()[1], peft_config=None if wrapped else adapter)
 
 
+INTEGERS = {
+    "4-bit": (BitsAndBytesConfig(load_in_4bit=True), r"bnb_4bit_quant_storage='uint8' under FSDP.*'bfloat16'.*DDP"),
+    "8-bit": (BitsAndBytesConfig(load_in_8bit=True), r"load_in_8bit=True under FSDP.*'bfloat16'.*DDP or DeepSpeed"),
+}
+
+
+@pytest.mark.parametrize("where", ["argument", "model_init_kwargs", "checkpoint"])
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integer_weights_under_fsdp_are_refused_before_weights_load(
+    tmp_path, checkpoint, no_weights, monkeypatch, kind, where
+):
+    quantization, message = INTEGERS[kind]
+    settings, given, model_config = {}, {}, tiny()[0].config
+    if where == "argument":
+        given["quantization_config"] = quantization
+    elif where == "model_init_kwargs":
+        settings["model_init_kwargs"] = {"quantization_config": quantization}
+    else:
+        model_config.quantization_config = quantization.to_dict()
+    model = checkpoint(model_config)
+    grpo, sft = config(tmp_path / "run", **settings), DiffusionSFTConfig(str(tmp_path), use_cpu=True, **settings)
+    answers = Dataset.from_dict({"prompt": ["a"] * 8, "completion": ["b"] * 8})
+    for launched in (True, False):
+        if launched:
+            monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        else:
+            monkeypatch.delenv("ACCELERATE_USE_FSDP")
+            grpo.fsdp = sft.fsdp = True
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, model, args=grpo, peft_config=lora(), **given)
+        with pytest.raises(ValueError, match=message):
+            DiffusionSFTTrainer(model, sft, train_dataset=answers, peft_config=lora(), **given)
+
+
+@pytest.mark.parametrize(("storage", "fsdp"), [("bfloat16", True), ("uint8", False)])
+def test_weights_that_can_be_sharded_or_need_not_are_loaded(
+    tmp_path, checkpoint, no_weights, monkeypatch, storage, fsdp
+):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=storage)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(fsdp))
+    with pytest.raises(AssertionError, match="weights were loaded"):
+        make(tmp_path, checkpoint(), quantization_config=quantization, peft_config=lora())
+
+
 def test_the_name_of_an_estimator_belongs_in_the_config(tmp_path, checkpoint, no_weights):
     with pytest.raises(TypeError, match=r"estimator='mean_field' must be an Estimator instance.*DiffusionGRPOConfig"):
         make(tmp_path, checkpoint(), estimator="mean_field")
@@ -137,6 +186,32 @@ def test_a_stock_config_with_an_option_that_does_not_apply_is_refused(tmp_path, 
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, repetition_penalty=1.2)
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.2"):
         make(tmp_path, checkpoint(), args=args)
+
+
+@pytest.mark.parametrize("coefficient", [None, 0.0])
+@pytest.mark.parametrize("kind", ["grpo", "sft"])
+def test_a_router_loss_that_the_model_asks_for_is_left_out_with_a_warning(
+    tmp_path, checkpoint, no_weights, kind, coefficient
+):
+    """TRL would take the model's own coefficient where none is given."""
+    folder = checkpoint(llama(is_causal=False, mask_token_id=3, router_aux_loss_coef=0.01))
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(AssertionError, match="weights were loaded"):
+        warnings.simplefilter("always")
+        if kind == "grpo":
+            args = config(tmp_path / "run", router_aux_loss_coef=coefficient)
+            make(tmp_path, folder, args=args)
+        else:
+            args = sft_config(tmp_path / "run", router_aux_loss_coef=coefficient)
+            DiffusionSFTTrainer(folder, args, train_dataset=dataset())
+    assert args.router_aux_loss_coef == 0.0
+    said = [str(w.message) for w in caught if "router" in str(w.message)]
+    assert len(said) == (coefficient is None)
+    assert all("router_aux_loss_coef=0.01 is left out" in line and "router_aux_loss_coef=0.0" in line for line in said)
+
+
+def test_a_model_without_experts_has_no_such_warning(tmp_path, recwarn):
+    build(tmp_path)
+    assert not [w for w in recwarn if "router" in str(w.message)]
 
 
 def test_only_arguments_that_this_version_takes_are_given():

@@ -6,6 +6,7 @@ cache is exact: the prompt is run once for each distinct prompt, and each step r
 before revealed and the masked positions of the current block.
 """
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -52,8 +53,11 @@ class CachedAnyOrderDecoding(Denoising):
         self.used = torch.full((rows,), width, device=device)  # valid slots of each row
         self.cached_rows = torch.arange(rows, device=device)  # which rows the cache holds
         self.fresh = torch.zeros_like(self.tokens, dtype=torch.bool)  # revealed in the row's last step, not yet cached
-        if rows and width:
-            self._run_prompts()
+
+    def start(self, still_running: Callable[[bool], bool]) -> None:
+        prompts = self.prompt_ids.numel() > 0
+        if still_running(prompts):
+            self._run_prompts() if prompts else self.spare_forward()
 
     def _run_prompts(self) -> None:
         """One pass for the distinct prompts, copied to the rows that share them."""

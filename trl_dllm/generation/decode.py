@@ -54,8 +54,8 @@ def generate(
             row numbers, so two calls draw the same.
         spec (`MaskedDiffusionSpec`, *optional*): read from the model's config if not given.
         batch_size (`int`, *optional*): rows decoded at a time; None takes all.
-        still_running (`Callable`): asked before each step whether any process has work left; sharded models need a
-            forward from every process, and a process that is done runs one on a spare row.
+        still_running (`Callable`): asked before each step, and before the prompts go into a cache, whether any process
+            has work left; sharded models need a forward from every process, and one that is done runs a spare row.
 
     Returns:
         `Rollout` of B rows. Costs `diffusion_steps` forwards of P + L tokens a row, fewer with early stop or a
@@ -89,6 +89,7 @@ def generate(
     for start in range(0, max(rows, 1), batch_size):
         part = slice(start, start + batch_size)
         state = decoder(model, prompt_ids[part], prompt_mask[part], config, seeds[part], spec)
+        state.start(still_running)
         while still_running(bool(state.active.any())):
             state.step()
         parts.append(state.rollout())

@@ -54,13 +54,23 @@ class Denoising:
         self.count_flops = ForwardFlops(model)
         self.num_forwards = self.flops = 0
 
+    def start(self, still_running: Callable[[bool], bool]) -> None:
+        """What is run before the first step, on every process if on one."""
+
+    def spare_forward(self) -> None:
+        """A forward for the company of other processes, which are still decoding; this one may have no rows at all."""
+        ids = self.seeds.new_full((1, self.position_ids.shape[1]), self.spec.mask_token_id)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        inputs = view_inputs(self.model, Layout(ids, positions, Attention.padding(torch.ones_like(ids))))
+        self.num_forwards += 1
+        self.flops += self.count_flops(1, ids.shape[1], ids.shape[1], 0)
+        apply_head(self.model, inputs, ids.new_zeros(0), lambda logits: logits[:, :1])
+
     def step(self) -> None:
         """One forward of the rows that are still decoding, and the tokens that it reveals."""
         config, active = self.config, self.next_rows()
-        if len(active) == 0:  # other processes are still decoding: a forward of a spare row keeps them company
-            none = active.new_zeros(0)
-            Denoising.forward(self, active.new_zeros(1), none, none, lambda logits: logits[..., :1])
-            return
+        if len(active) == 0:
+            return self.spare_forward()
         canvas = torch.arange(config.max_new_tokens, device=active.device)
         in_block = canvas // config.block_length == self.block[active, None]
         candidates = in_block & (self.unmask_step[active] < 0)

@@ -8,7 +8,7 @@ from .attention import EVERYTHING, NEVER, Attention, Layout, attention_mask, ord
 from .dream import DreamConfig, DreamModel
 from .families import FAMILIES, register_families
 from .flops import FlopsCounter, ForwardFlops, PaperFlops, TrainingFlops, backbone_parameters, paper_flops
-from .head import TILE_ROWS, apply_head, entropy, hidden_rows, log_probs, restrict, unwrap
+from .head import TILE_ROWS, apply_head, entropy, hidden_rows, hidden_rows_and_head, log_probs, restrict, unwrap
 from .llada import LLaDAConfig, LLaDAModelLM
 from .spec import MaskedDiffusionSpec
 from .tiny import create_tiny_model
@@ -36,6 +36,7 @@ __all__ = [
     "create_tiny_model",
     "entropy",
     "hidden_rows",
+    "hidden_rows_and_head",
     "log_probs",
     "order_levels",
     "paper_flops",

@@ -81,7 +81,9 @@ def load_adapter_weights(model: PeftModel, folder: str | Path, adapter: str = "d
     except KeyError as error:  # of a module that is trained as a whole (modules_to_save)
         missing, unexpected = {error.args[0]}, set()
     else:
-        unexpected = {key for key, name in names.items() if name in result.unexpected_keys}
+        # PEFT before 0.20 names them as in the model, with the adapter's name.
+        found = {key.replace(f".{adapter}.", ".") for key in result.unexpected_keys}
+        unexpected = {key for key, name in names.items() if name in found}
         missing = {key for key in result.missing_keys if prefix in key and f".{adapter}" in key}
     if missing or unexpected:
         parts = [

@@ -90,6 +90,27 @@ def hidden_rows(model: nn.Module, inputs: dict, rows: Tensor) -> Tensor:
         return model(**{"use_cache": False, **inputs}).logits
 
 
+def hidden_rows_and_head(model: nn.Module, inputs: dict, rows: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """`hidden_rows`, and the head with a copy of its weights, for a model that is sharded over processes.
+
+    Within the model's forward the weights are whole. To gather them later, once a tile, would wait for ever where
+    another process has fewer tiles. Takes the head's V x H numbers of memory as long as it is held.
+    """
+    head = unwrap(model).get_output_embeddings()
+    whole: list[Tensor | None] = []
+
+    def redirected(hidden: Tensor) -> Tensor:
+        whole.extend(None if p is None else p.detach().clone() for p in (head.weight, head.bias))
+        return hidden.reshape(-1, hidden.shape[-1])[rows]
+
+    with _redirect(head, redirected):
+        hidden = model(**{"use_cache": False, **inputs}).logits
+    weight, bias = whole
+    assert weight is not None
+    # TRL's cast of a head to float32 takes the hidden states along.
+    return hidden, lambda hidden: nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+
+
 _redirections: list[Callable[[Tensor], Tensor]] = []  # of the calls that are running, the innermost last
 
 

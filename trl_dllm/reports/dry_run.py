@@ -68,6 +68,7 @@ def estimate_memory(config, args, model_args, parameters: int, trainable: int, c
         # PEFT makes float32 adapters. TRL casts those on quantised weights, and keeps the model's type under ZeRO-3.
         quantised = model_args.load_in_4bit or model_args.load_in_8bit
         trained_size = 2 if quantised else size if stage == 3 else 4
+    master = 4 if stage >= 1 and trained_size < 4 else 0  # DeepSpeed steps on a float32 copy
     adapter = trainable if model_args.use_peft else 0
     hidden, layers = config.hidden_size, config.num_hidden_layers
     # With checkpointing a layer keeps its input and one layer at a time its inside, else every layer its inside.
@@ -77,7 +78,7 @@ def estimate_memory(config, args, model_args, parameters: int, trainable: int, c
     return {
         "weights": (parameters * weight + adapter * trained_size) / (world if stage == 3 else 1),
         "gradients": trainable * trained_size / (world if stage >= 2 else 1),
-        "optimizer": trainable * 8 / (world if stage >= 1 else 1),
+        "optimizer": trainable * (8 + master) / (world if stage >= 1 else 1),
         "activations": rows * columns * token + 3 * 64 * config.vocab_size * 4,  # and the tiles of the head
         "reference": parameters * size / (world if stage == 3 else 1) if reference else 0,
     }

@@ -23,6 +23,7 @@ HOOKS: Interface = {
     "_save_rng_state": ("output_dir",),
     "_load_rng_state": ("checkpoint",),
     "_get_grad_norm": ("model", "grad_norm"),
+    "_build_accelerator_args": (),
 }
 
 
@@ -35,6 +36,14 @@ class DiffusionTrainer(RecordingTrainer):
     def __init__(self, *args, **kwargs):
         self.rows_of_step: list[tuple[Tensor, Tensor]] = []  # ids and masks of the optimizer step's micro-batches
         super().__init__(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs):
+        # `torch_compile`: rows, widths and canvases change from call to call. Without this each new size would be a
+        # graph of its own, until the compiler gives up (at 8).
+        found = super()._build_accelerator_args(**kwargs)
+        if found["dynamo_plugin"].dynamic is None:
+            found["dynamo_plugin"].dynamic = True
+        return found
 
     def process_state(self, folder: str) -> dict[str, Any]:
         """What this process needs to go on exactly, beside what Trainer saves: tensors, numbers, strings.

@@ -54,7 +54,7 @@ from .loss import (
     wd1_advantages,
 )
 from .metrics import record_entropy, record_generation, record_kl, record_mismatch
-from .model_card import rewrite_quick_start
+from .model_card import complete_card
 from .old_and_reference import add_logps
 from .reference import load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
@@ -64,11 +64,13 @@ from .stock import (
     Interface,
     check_trl,
     known_arguments,
+    leave_out_router_loss,
     own_config,
     read_config,
     read_tokenizer,
     refuse_processor,
     refuse_prompt_learning,
+    refuse_sharded_integers,
     without_dropout,
 )
 
@@ -149,8 +151,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 f"estimator={estimator!r} must be an Estimator instance, like StepMerge(num_segments=8); a name goes "
                 "into DiffusionGRPOConfig(estimator=…)."
             )
-        args.router_aux_loss_coef = 0.0  # mixture-of-experts configs may bring one of their own
         config = read_config(model, args)
+        leave_out_router_loss(config, args)
+        refuse_sharded_integers(config, args, given.get("quantization_config"))
         tokenizer = given.get("processing_class") or read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         self.estimator = estimator if estimator is not None else args.build_estimator()
@@ -465,4 +468,4 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         """TRL's model card, with this library's way to generate instead of an autoregressive pipeline."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())
+            complete_card(self)

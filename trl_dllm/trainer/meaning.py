@@ -37,7 +37,7 @@ MEANING = _names(
     # the model and what of it is trained
     "model_init_kwargs trust_remote_code disable_dropout use_peft lora_r lora_alpha lora_dropout",
     "lora_target_modules lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora",
-    "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant trainable_modules router_aux_loss_coef",
+    "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant trainable_modules",
     # decoding
     "max_completion_length block_length diffusion_steps tokens_per_step remasking confidence_threshold stop_at_eos",
     "decoding cache cfg_scale temperature top_p top_k min_p repetition_penalty generation_kwargs",
@@ -98,6 +98,8 @@ MACHINE = _names(
     "include_for_metrics batch_eval_metrics",
     # the Hub
     "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    # 0, whatever it says
+    "router_aux_loss_coef",
     # vLLM, which is refused
     "vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex vllm_server_base_url",
     "vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port vllm_gpu_memory_utilization",

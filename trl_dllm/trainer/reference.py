@@ -15,7 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.utils import use_adapter
 
 from ..likelihood import Reference
-from ..models import hidden_rows, unwrap
+from ..models import hidden_rows, hidden_rows_and_head, unwrap
 
 
 @contextmanager
@@ -58,13 +58,18 @@ def reference_beside(trainer) -> Reference:
 
     def run(inputs: dict, rows: Tensor):
         with torch.no_grad(), as_reference(trainer) as model:
+            if trainer.ref_model is not None and _sharded(trainer):
+                return hidden_rows_and_head(model, inputs, rows)
             hidden = hidden_rows(model, inputs, rows)
-        head = unwrap(model).get_output_embeddings()
         # The policy's own head is being redirected, and only its forward as it is now projects; adapters are not put
-        # on it. A reference's own head is called as a module: where it is sharded, its hooks gather it.
-        return hidden, head if trainer.ref_model is not None else head.forward
+        # on it, and where it is sharded it is gathered whenever the policy's is.
+        return hidden, unwrap(model).get_output_embeddings().forward
 
     return run
+
+
+def _sharded(trainer) -> bool:
+    return trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
 
 _FILE = "reference.pt"  # in a checkpoint, where the reference follows the policy
@@ -72,8 +77,7 @@ _FILE = "reference.pt"  # in a checkpoint, where the reference follows the polic
 
 def save_reference(trainer, folder: str) -> None:
     """Put a reference that follows the policy (`sync_ref_model`) into a checkpoint; no one else keeps it."""
-    sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-    if trainer.args.sync_ref_model and trainer.args.should_save and not sharded:
+    if trainer.args.sync_ref_model and trainer.args.should_save and not _sharded(trainer):
         torch.save(unwrap(trainer.ref_model).state_dict(), Path(folder) / _FILE)
 
 

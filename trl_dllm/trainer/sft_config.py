@@ -126,8 +126,6 @@ class DiffusionSFTConfig(SFTConfig):
                 f"trainable_modules={self.trainable_modules!r} must be a list of at least one module name, such as "
                 "['q_proj', 'k_proj', 'v_proj'], or None to train everything."
             )
-        # A mixture-of-experts config may bring a coefficient of its own, which TRL takes where this is None.
-        self.router_aux_loss_coef = 0.0
 
     def known_decoding(self) -> dict[str, object]:
         """What is saved beside a trained model of how it is to be decoded: as far as the training says."""

@@ -29,16 +29,18 @@ from .architecture import check_architecture, find_modules
 from .base import HOOKS, DiffusionTrainer
 from .data import check_sft_data
 from .finite import check_loss
-from .model_card import rewrite_quick_start
+from .model_card import complete_card
 from .sft_config import DiffusionSFTConfig
 from .stock import (
     Interface,
     check_trl,
     hub_kwargs,
+    leave_out_router_loss,
     own_config,
     read_config,
     refuse_processor,
     refuse_prompt_learning,
+    refuse_sharded_integers,
 )
 
 
@@ -172,7 +174,9 @@ def any_order_view(
     rank = draw.masked_fill(~real, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
     level = (1 + rank).masked_fill(~real, NEVER)
     behind = attention_mask == 0
-    row_level = torch.zeros_like(input_ids).scatter(1, column, torch.where(real, level, 0)).masked_fill(behind, NEVER)
+    # What a row's answer does not reach goes to a column of its own: the row's last may be a token of the answer.
+    row_level = input_ids.new_zeros(rows, width + 1).scatter(1, column.masked_fill(~real, width), level)[:, :width]
+    row_level = row_level.masked_fill(behind, NEVER)
     positions = torch.arange(width, device=input_ids.device).expand_as(input_ids)
     unscored = torch.full_like(input_ids, IGNORE)
     weight = (1 / count.clamp(min=1)).expand(rows, width + len(place))
@@ -265,6 +269,8 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
                 "has to fill the answers itself. Remove one or the other."
             )
         config = read_config(model, args)
+        leave_out_router_loss(config, args)
+        refuse_sharded_integers(config, args, given.get("quantization_config"))
         if isinstance(model, str) and given.get("processing_class") is None:
             given["processing_class"] = AutoProcessor.from_pretrained(model, **hub_kwargs(args))
         refuse_processor(given.get("processing_class"))
@@ -374,7 +380,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
         """TRL's model card, with this library's way to generate."""
         super().create_model_card(model_name=model_name, dataset_name=dataset_name, tags=tags)
         if self.is_world_process_zero():
-            rewrite_quick_start(self.args.output_dir, self.hub_model_id or model_name, self.args.known_decoding())
+            complete_card(self)
 
 
 def freeze_all_but(model: torch.nn.Module, names: list[str]) -> None:

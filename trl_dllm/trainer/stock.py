@@ -1,6 +1,8 @@
 """What every trainer here does with TRL: refuse what does not apply, take over its configs, and check its methods."""
 
 import inspect
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -120,6 +122,34 @@ def refuse_prompt_learning(model, peft_config) -> None:
         )
 
 
+def refuse_sharded_integers(config, args, quantization_config=None) -> None:
+    """Raise ValueError for bitsandbytes weights of integers under FSDP, which shards floating-point numbers alone.
+
+    Args:
+        config: the model's, which says how a quantised checkpoint was made.
+        args: the trainer's settings; `fsdp` and `model_init_kwargs` are read.
+        quantization_config (*optional*): what the trainer was given.
+    """
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    given = quantization_config or (args.model_init_kwargs or {}).get("quantization_config")
+    given = given or getattr(config, "quantization_config", None)
+    if not given or not (args.fsdp or launched):
+        return
+    settings = given if isinstance(given, dict) else given.to_dict()
+    if settings.get("load_in_8bit"):
+        raise ValueError(
+            "quantization_config: load_in_8bit=True under FSDP, which shards floating-point weights alone. Load in 4 "
+            "bits with bnb_4bit_quant_storage='bfloat16', or train with DDP or DeepSpeed."
+        )
+    storage = settings.get("bnb_4bit_quant_storage") or "uint8"
+    if settings.get("load_in_4bit") and not getattr(torch, str(storage).removeprefix("torch.")).is_floating_point:
+        raise ValueError(
+            f"quantization_config: bnb_4bit_quant_storage={str(storage)!r} under FSDP, which shards floating-point "
+            "weights alone: every process would hold all packed weights. Store them as the dtype of the model "
+            "(bnb_4bit_quant_storage='bfloat16'), or train with DDP or DeepSpeed."
+        )
+
+
 def hub_kwargs(args) -> dict[str, Any]:
     """Which revision of a checkpoint's config and tokenizer to read, as TRL does for its weights."""
     init_kwargs = args.model_init_kwargs or {}
@@ -141,6 +171,21 @@ def read_config(model, args):
     if not isinstance(config, tuple(AutoModelForCausalLM._model_mapping.keys())):
         AutoModelForCausalLM.register(type(config), type(unwrap(model)), exist_ok=True)
     return config
+
+
+def leave_out_router_loss(config, args) -> None:
+    """Turn off the load-balancing loss of a mixture of experts, and warn where the model asks for one.
+
+    TRL takes the model's own coefficient where `router_aux_loss_coef` is None. But the scorer runs masked copies of a
+    completion, several for one loss, whose router logits it does not collect.
+    """
+    own = getattr(config.get_text_config(), "router_aux_loss_coef", None)
+    if args.router_aux_loss_coef is None and own:
+        warnings.warn(
+            f"The model's router_aux_loss_coef={own} is left out: masked diffusion scoring has no load-balancing loss "
+            "of the router. Set router_aux_loss_coef=0.0 to say so."
+        )
+    args.router_aux_loss_coef = 0.0
 
 
 def read_tokenizer(model, args):
