@@ -28,7 +28,7 @@ def to_batch(rollout: Rollout, kept: Tensor) -> dict[str, Tensor]:
         "completion_mask": (rollout.counted & kept).long(),
         "unmask_step": rollout.unmask_step,
         "counted": rollout.counted,
-        "rollout_logps": rollout.logps.nan_to_num(),  # NaN where an outside engine has none
+        "rollout_logps": rollout.logps,
         "view_seed": rollout.view_seed,
     }
 

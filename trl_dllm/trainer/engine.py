@@ -242,8 +242,8 @@ def _read_logps(rows: Sequence | None, counted: Tensor, revealed: Tensor) -> Ten
     return logps.masked_fill(~revealed, 0)
 
 
-def correct(trainer, rollout: Rollout, batch: dict[str, Tensor], score: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """What the importance weights make of a micro-batch: the entries of it that change.
+def correct(trainer, batches: list[dict[str, Tensor]], score: Callable[..., Tensor]) -> None:
+    """Multiply the importance weights into the advantages of a generation batch, which is split into micro-batches.
 
     Logs TRL's `sampling/sampling_logp_difference/*` and `sampling/importance_sampling_ratio/*`, and
     `sampling/mismatch_kl` and `_max`. Costs the exact estimator's forwards (one a decoding step, or one any-order
@@ -251,36 +251,42 @@ def correct(trainer, rollout: Rollout, batch: dict[str, Tensor], score: Callable
 
     Args:
         trainer (`DiffusionGRPOTrainer`): its settings, and the model that has just been sampled from.
-        rollout (`Rollout`): what was drawn, with the sampler's log-probs.
-        batch (`dict`): `completion_mask` (B, L), `advantages` (B,) and, where it is used, `old_per_token_logps`.
+        batches (`list[dict]`): `completion_mask` (B, L), `advantages` (B,), the rollout with the sampler's log-probs
+            and, where it is used, `old_per_token_logps`.
         score (`Callable`): `policy_logps`.
     """
-    if not corrects(trainer.args, trainer.rollout_func):
-        return {}
-    mask = batch["completion_mask"].bool() & rollout.logps.isfinite() & ~batch["skipped"][:, None]
-    if not trainer.accelerator.gather(mask.any()).any():  # an engine without log-probs
-        return {}
     args = trainer.args
-    as_drawn = args.p_mask_prompt == 0 and args.score_temperature in (None, rollout.temperature or 1.0)
+    if not corrects(args, trainer.rollout_func):
+        return
+    masks = [batch["completion_mask"].bool() & ~batch["skipped"][:, None] for batch in batches]
+    masks = [mask & batch["rollout_logps"].isfinite() for mask, batch in zip(masks, batches, strict=True)]
+    if not trainer.accelerator.gather(torch.stack([mask.any() for mask in masks])).any():  # no log-probs at all
+        return
+    as_drawn = args.p_mask_prompt == 0 and args.score_temperature in (None, trainer.temperature or 1.0)
     exact = as_drawn and args.decoding in trainer.estimator.exact_for
-    if exact and args.scores_old and args.ratio_denominator == "old":
-        scores = batch["old_per_token_logps"][:, 0]
-    else:
-        scores = score(_exact_scorer(trainer), trainer.model, rollout, batch)[:, 0]
-    difference = (scores - rollout.logps).masked_fill(~mask, 0)
-    weights = importance_weights(
-        difference,
-        args.vllm_importance_sampling_mode,
-        args.vllm_importance_sampling_clip_min,
-        args.vllm_importance_sampling_clip_max,
-    )
-    record_mismatch(trainer, difference[mask])
-    record_correction(trainer, difference[mask], weights[mask] if weights.shape == mask.shape else weights.flatten())
-    # TRL's off-policy mask compares with the sampler, where it can.
-    sampled = {"sampling_per_token_logps": rollout.logps} if exact and trainer.off_policy_mask_threshold else {}
-    if trainer.loss_type == "vespo":  # which takes them into its sequence weight
-        return {**sampled, "importance_sampling_ratio": weights}
-    return {**sampled, "advantages": batch["advantages"][:, None] * weights.expand(mask.shape)}
+    differences, ratios = [], []
+    for batch, mask in zip(batches, masks, strict=True):
+        if exact and args.scores_old and args.ratio_denominator == "old":
+            scores = batch["old_per_token_logps"][:, 0]
+        else:
+            scores = score(_exact_scorer(trainer), trainer.model, batch)[:, 0]
+        difference = (scores - batch["rollout_logps"]).masked_fill(~mask, 0)
+        weights = importance_weights(
+            difference,
+            args.vllm_importance_sampling_mode,
+            args.vllm_importance_sampling_clip_min,
+            args.vllm_importance_sampling_clip_max,
+        )
+        if exact and trainer.off_policy_mask_threshold:  # TRL's off-policy mask compares with the sampler
+            batch["sampling_per_token_logps"] = batch["rollout_logps"]
+        if trainer.loss_type == "vespo":  # which takes them into its sequence weight
+            batch["importance_sampling_ratio"] = weights
+        else:
+            batch["advantages"] = batch["advantages"][:, None] * weights.expand(mask.shape)
+        differences.append(difference[mask])
+        ratios.append(weights[mask] if weights.shape == mask.shape else weights.flatten())
+    record_mismatch(trainer, torch.cat(differences))
+    record_correction(trainer, torch.cat(differences), torch.cat(ratios))
 
 
 def importance_weights(difference: Tensor, mode: str, low: float | None, high: float | None) -> Tensor:

@@ -53,7 +53,7 @@ from .loss import (
     token_weights,
     wd1_advantages,
 )
-from .metrics import record_entropy, record_generation, record_kl, record_mismatch
+from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch
 from .model_card import complete_card
 from .old_and_reference import add_logps
 from .reference import load_reference, reference_beside, reference_source, save_reference
@@ -343,8 +343,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         fresh = not self.model.training or self._buffered_inputs is None or self._step % self._cycle == 0
         inputs = super()._prepare_inputs(generation_batch)
         if fresh:
-            for place, batch in enumerate(self._buffered_inputs if self.model.training else [inputs]):
-                add_logps(self, batch, place)
+            add_logps(self, self._buffered_inputs if self.model.training else [inputs])
+            if self.model.training:
+                record_flops(self)
         return inputs
 
     def _plan(self, rollout: Rollout, draw: int, batch: dict[str, Tensor]) -> tuple[Plan, int]:

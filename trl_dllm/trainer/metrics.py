@@ -14,20 +14,24 @@ def _of_mode(trainer) -> dict[str, list[float]]:
 
 
 def record_generation(trainer, rollout: Rollout, skipped: Tensor) -> None:
-    """The sampler's speed, the rows that are not trained on, and, in training, the run's operations so far.
+    """The sampler's speed and the rows that are not trained on.
 
-    Logs `sampling/tokens_per_forward`, `sampling/steps`, `frac_rows_skipped`, `flops` and `flops_paper`.
+    Logs `sampling/tokens_per_forward`, `sampling/steps` and `frac_rows_skipped`.
     """
     metrics, gather = _of_mode(trainer), trainer.accelerator.gather
     decoded = rollout.revealed.sum() / rollout.num_steps.sum()
     metrics["sampling/tokens_per_forward"].append(gather(decoded).mean().item())
     metrics["sampling/steps"].append(gather(rollout.num_steps.float().mean()).mean().item())
     metrics["frac_rows_skipped"].append(gather(skipped.float()).mean().item())
-    if trainer.model.training:
-        totals = torch.tensor([[trainer.flops.counted, trainer.flops.paper]], dtype=torch.float64)
-        totals = gather(totals.to(trainer.accelerator.device)).sum(dim=0).tolist()
-        # Set and not appended: these are totals, and no averages.
-        metrics["flops"], metrics["flops_paper"] = [totals[0]], [totals[1]]
+
+
+def record_flops(trainer) -> None:
+    """The run's floating-point operations so far, over all processes: `flops` and `flops_paper`."""
+    metrics, gather = _of_mode(trainer), trainer.accelerator.gather
+    totals = torch.tensor([[trainer.flops.counted, trainer.flops.paper]], dtype=torch.float64)
+    totals = gather(totals.to(trainer.accelerator.device)).sum(dim=0).tolist()
+    # Set and not appended: these are totals, and no averages.
+    metrics["flops"], metrics["flops_paper"] = [totals[0]], [totals[1]]
 
 
 @torch.no_grad()
