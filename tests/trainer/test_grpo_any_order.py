@@ -31,7 +31,7 @@ def test_gradients_are_those_of_trls_loss(tmp_path, estimator, peft):
 
 
 def test_old_log_probs_of_the_sampler_train_as_recomputed_ones_do(tmp_path):
-    """Equal to rounding; rows that come after the first update need not be scored before it. The mismatch is logged."""
+    """Equal to rounding; rows that come after the first update need not be scored first. The mismatch is logged."""
     runs = {}
     for old in ("rollout", "recompute"):
         model, tokenizer = tiny(num_layers=2)
