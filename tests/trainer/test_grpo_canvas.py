@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 
 from trl_dllm.likelihood import token_logps
 from trl_dllm.trainer import grpo_trainer
+from trl_dllm.trainer.old_and_reference import policy_logps
 
 
 EOS, CANVAS = 1, 8
@@ -206,10 +207,10 @@ def test_improbable_tokens_behind_the_eos_do_not_make_the_loss_infinite(tmp_path
         rollout = replace(as_rollout(trainer, batch), counted=batch["unmask_step"] >= 0)
         with torch.no_grad():
             logps = token_logps(trainer.model, rollout, trainer.estimator, temperature=0.01).logps
-            scores = trainer._score_views(trainer.model, as_rollout(trainer, batch), 0, 1)
+            current = policy_logps(trainer, trainer.model, batch)[:, 0]
         uncounted = ~batch["counted"]
         improbable |= bool((logps[uncounted] < -100).any())
-        tables = [scores.logps, *(batch[f"{policy}_per_token_logps"][:, 0] for policy in ("old", "ref"))]
+        tables = [current, *(batch[f"{policy}_per_token_logps"][:, 0] for policy in ("old", "ref"))]
         assert all(table[uncounted].eq(0).all() and table[~uncounted].lt(0).any() for table in tables)
     assert improbable, "nothing was tested"
 
