@@ -14,6 +14,7 @@ def main(folder: str, checkpoint: str, kind: str) -> None:
         folder,
         model=checkpoint,
         peft=kind == "lora",
+        learning_rate=1e-4,
         push_to_hub=True,
         hub_model_id="me/model",
         save_strategy="steps",

@@ -70,6 +70,9 @@ def test_a_card_without_a_snippet_is_left_alone(tmp_path):
 # ------------------------------------------------------------------------------------------------- what a card says
 
 
+TALKATIVE = {"seed": 3, "num_layers": 2}  # a model whose greedy completion shows how it was decoded
+
+
 def run_snippet(text: str, folder, **environment) -> str:
     """Run the first Python block of a card in a process of its own, from `folder`; what it prints."""
     code = text.split("```python\n")[1].split("```")[0]
@@ -83,7 +86,9 @@ def run_snippet(text: str, folder, **environment) -> str:
 
 def decoded_here(model, tokenizer, config: DiffusionGenerationConfig) -> str:
     """What the card's snippet prints, computed in this process."""
-    prompts = tokenizer(["What is 12 + 30?"], add_special_tokens=False, return_tensors="pt")
+    messages = [{"role": "user", "content": "What is 12 + 30?"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompts = tokenizer([text], add_special_tokens=False, return_tensors="pt")
     rollout = generate(model.eval(), prompts["input_ids"], prompts["attention_mask"], config)
     return f"{tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)}\n"
 
@@ -92,7 +97,7 @@ def decoded_here(model, tokenizer, config: DiffusionGenerationConfig) -> str:
 def test_a_pushed_models_card_runs_from_any_folder(tmp_path, monkeypatch, kind):
     """Pushed to a Hub on localhost by one process; loaded from there by another, which has nothing else."""
     monkeypatch.chdir(tmp_path)
-    base, tokenizer = tiny()
+    base, tokenizer = tiny(**TALKATIVE)
     base.save_pretrained("base")
     tokenizer.save_pretrained("base")
     with Hub() as hub:
@@ -111,12 +116,23 @@ def test_a_pushed_models_card_runs_from_any_folder(tmp_path, monkeypatch, kind):
     trained = AutoModelForCausalLM.from_pretrained("base" if kind == "lora" else "gone")
     trained = PeftModel.from_pretrained(trained, "gone") if kind == "lora" else trained
     settings = DiffusionGenerationConfig(8, block_length=4, diffusion_steps=4, temperature=0.0)
-    assert found == decoded_here(trained, tokenizer, settings) != "['']\n"
+    assert found == decoded_here(trained, tokenizer, settings)
+    assert found != decoded_here(trained, tokenizer, DiffusionGenerationConfig(8, temperature=0.0))
 
 
 def test_the_card_of_a_model_made_in_memory_runs_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trainer = build("run", decoding="any_order", cache="exact", estimator="any_order", save_strategy="steps")
+    model, tokenizer = tiny(**TALKATIVE)
+    trainer = build(
+        "run",
+        model=model,
+        tokenizer=tokenizer,
+        decoding="any_order",
+        cache="exact",
+        estimator="any_order",
+        save_strategy="steps",
+        learning_rate=1e-4,
+    )
     trainer.train()
     trainer.save_model()
     card = (tmp_path / "run" / "README.md").read_text()
@@ -125,7 +141,9 @@ def test_the_card_of_a_model_made_in_memory_runs_from_any_folder(tmp_path, monke
         8, block_length=4, diffusion_steps=4, temperature=0.0, decoding="any_order", cache="exact"
     )
     model = AutoModelForCausalLM.from_pretrained("run")
-    assert run_snippet(card, tmp_path / "elsewhere") == decoded_here(model, tiny()[1], settings)
+    found = run_snippet(card, tmp_path / "elsewhere")
+    assert found == decoded_here(model, tokenizer, settings)
+    assert found != decoded_here(model, tokenizer, DiffusionGenerationConfig(8, temperature=0.0))
 
 
 @pytest.mark.parametrize(
