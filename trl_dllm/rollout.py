@@ -28,6 +28,8 @@ class Rollout:
             None: all tokens.
         mask_token_id (`int`): id of the mask token.
         temperature (`float`): sampling temperature; log-probs of a greedy rollout (0) are taken at 1.
+        steps (`int`, *optional*): T of the schedule that drew every row, also those that stopped at their EOS. None:
+            each row took its own number, as with a threshold.
         num_forwards (`int`): model calls that drew this batch.
         flops (`int`): forward floating-point operations counted for them.
 
@@ -47,6 +49,7 @@ class Rollout:
     num_forwards: int = 0
     flops: int = 0
     support: Tensor | None = None
+    steps: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prompt_mask", self.prompt_mask.bool())
@@ -92,6 +95,8 @@ class Rollout:
             )
         if (self.counted & ~revealed).any():
             raise ValueError("Rollout.counted includes a position that was never revealed.")
+        if self.steps is not None and (self.unmask_step >= self.steps).any():
+            raise ValueError(f"Rollout.unmask_step has steps beyond the schedule's, steps={self.steps}.")
         if self.support is not None:
             possible = (self.support == self.completion_ids[..., None]).any(dim=-1)
             if (revealed & ~possible).any():
@@ -111,8 +116,14 @@ class Rollout:
 
     @property
     def num_steps(self) -> Tensor:
-        """Decoding steps T that each row took, int64 (B,)."""
+        """Decoding steps that each row took, int64 (B,)."""
         return self.unmask_step.amax(dim=1) + 1
+
+    @property
+    def scheduled_steps(self) -> Tensor:
+        """Decoding steps T that each row would have taken without its EOS, int64 (B,)."""
+        taken = self.num_steps
+        return taken if self.steps is None else torch.full_like(taken, self.steps)
 
     @property
     def revealed(self) -> Tensor:

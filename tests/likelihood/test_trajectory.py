@@ -171,7 +171,7 @@ def test_identity_2_exact_scores_equal_the_samplers(models, family, settings):
     """StepMerge(N) for every N >= T, and ExactTrajectory, give the sampler's own log-probs."""
     model = models(family)
     rollout = draw(model, **settings)
-    longest = int(rollout.num_steps.max())
+    longest = int(rollout.scheduled_steps.max())
     if settings.get("stop_at_eos"):
         assert not rollout.revealed.all() and len(rollout.num_steps.unique()) > 1
     with torch.no_grad():

@@ -18,6 +18,7 @@ from trl_dllm.likelihood import (
     CoupledElbo,
     Elbo,
     ExactTrajectory,
+    Plan,
     PseudoLikelihood,
     StepMerge,
     TrajectoryPseudoLikelihood,
@@ -107,8 +108,8 @@ def test_draws_change_with_the_iteration_and_the_row_only():
 
 
 def test_costs_one_forward_a_view(models):
-    """K positions of PKL are K forwards of P + L tokens; a single one for PKL-U and PKL-T."""
-    model, rollout = models("llada"), rollout_for_tests()
+    """K positions of PKL are K forwards of P + L tokens; a single one for PKL-U and PKL-T, of P + 2L."""
+    model, rollout = models("llada"), rollout_for_tests()[:1]  # all of its canvas is counted
     shapes, plain = [], model.forward
     model.forward = lambda *args, **kwargs: (shapes.append(tuple(kwargs["input_ids"].shape)), plain(*args, **kwargs))[
         1
@@ -116,75 +117,44 @@ def test_costs_one_forward_a_view(models):
     try:
         with torch.no_grad():
             for estimator, views, width in (
-                (PseudoLikelihood(1), 1, 7 + CANVAS),
-                (PseudoLikelihood(6), 6, 7 + CANVAS),
-                (PseudoLikelihood(), 9, 7 + CANVAS),
-                (PseudoLikelihood(40), 9, 7 + CANVAS),
-                (BlockPseudoLikelihood(4), 1, 7 + CANVAS),
-                (TrajectoryPseudoLikelihood(), 1, 7 + 2 * CANVAS),
-                (Elbo(4), 4, 7 + CANVAS),
+                (PseudoLikelihood(1), 1, 4 + CANVAS),
+                (PseudoLikelihood(6), 6, 4 + CANVAS),
+                (PseudoLikelihood(), CANVAS, 4 + CANVAS),
+                (PseudoLikelihood(40), CANVAS, 4 + CANVAS),
+                (BlockPseudoLikelihood(4), 1, 4 + CANVAS),
+                (TrajectoryPseudoLikelihood(), 1, 4 + 2 * CANVAS - 1),  # nobody sees the token revealed last
+                (Elbo(4), 4, 4 + CANVAS),
             ):
                 shapes.clear()
                 token_logps(model, rollout, estimator)
-                assert shapes == [(5, width)] * views
+                assert shapes == [(1, width)] * views
     finally:
         del model.forward
-
-
-@pytest.mark.parametrize(
-    "estimator, canvas, expected",
-    [
-        (PseudoLikelihood(), 9, False),
-        (PseudoLikelihood(8), 9, True),
-        (PseudoLikelihood(9), 9, False),
-        (BlockPseudoLikelihood(3, 2), 9, True),
-        (BlockPseudoLikelihood(3, 3), 9, False),
-        (BlockPseudoLikelihood(3, "partition"), 9, False),
-        (TrajectoryPseudoLikelihood(), 9, False),
-        (Elbo(1), 9, False),
-        (CoupledElbo(2), 9, False),
-    ],
-)
-def test_which_estimators_leave_positions_out(estimator, canvas, expected):
-    assert estimator.sub_samples(canvas) == expected
 
 
 # ------------------------------------------------------------------------------------------------- prompt perturbation
 
 
-class Recorder(torch.nn.Module):
-    """A wrapper that keeps what the model was run on."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.module, self.seen = model, []
-
-    def forward(self, **inputs):
-        self.seen.append(inputs["input_ids"])
-        return self.module(**inputs)
+def prompts_seen(rollout, seeds=None, iteration=0, p_mask_prompt=0.5):
+    """The prompt of each row of each forward, and the row it is of."""
+    plan = Plan(ExactTrajectory(), rollout, iteration, 3, p_mask_prompt, seeds)
+    width = rollout.prompt_ids.shape[1]
+    return [
+        (ids[:width], row) for n in range(len(plan)) for ids, row in zip(plan[n][0].input_ids, plan[n][1], strict=True)
+    ]
 
 
-def prompts_seen(model, rollout, width, **kwargs):
-    recorder = Recorder(model)
-    with torch.no_grad():
-        token_logps(recorder, rollout, ExactTrajectory(), **kwargs)
-    assert len(recorder.seen) == ExactTrajectory().num_views(rollout)
-    return [ids[:, :width] for ids in recorder.seen]
-
-
-def test_prompt_perturbation_is_one_draw_for_all_views(models):
+def test_prompt_perturbation_is_one_draw_for_all_views():
     """Only prompt tokens change, alike in every view; the canvas is never perturbed."""
-    model, rollout = models("llada"), rollout_for_tests(width=9)
-    seen = prompts_seen(model, rollout, 9, p_mask_prompt=0.5)
-    assert all(torch.equal(ids, seen[0]) for ids in seen)
-    changed = seen[0] != rollout.prompt_ids
+    rollout = rollout_for_tests(width=9)
+    perturbed = perturb_prompt(rollout, 0.5, rollout.view_seed, 0).prompt_ids
+    assert all(torch.equal(ids, perturbed[row]) for ids, row in prompts_seen(rollout))
+    changed = perturbed != rollout.prompt_ids
     assert changed.any() and not (changed & ~rollout.prompt_mask).any()
-    assert seen[0][changed].eq(MASK).all() and not changed[rollout.prompt_mask].all()
-    again = prompts_seen(model, rollout, 9, p_mask_prompt=0.5, iteration=0)
-    assert torch.equal(again[0], seen[0])
-    assert not torch.equal(prompts_seen(model, rollout, 9, p_mask_prompt=0.5, iteration=1)[0], seen[0])
-    assert not torch.equal(prompts_seen(model, rollout, 9, p_mask_prompt=0.5, seeds=rollout.view_seed + 1)[0], seen[0])
-    assert torch.equal(prompts_seen(model, rollout, 9)[0], rollout.prompt_ids)
+    assert perturbed[changed].eq(MASK).all() and not changed[rollout.prompt_mask].all()
+    for other in ({"iteration": 1}, {"seeds": rollout.view_seed + 1}):
+        assert any(not torch.equal(ids, perturbed[row]) for ids, row in prompts_seen(rollout, **other))
+    assert all(torch.equal(ids, rollout.prompt_ids[row]) for ids, row in prompts_seen(rollout, p_mask_prompt=0))
 
 
 def test_prompt_perturbation_scores_equal_the_oracles_on_the_masked_prompt(models, family):

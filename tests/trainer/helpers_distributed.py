@@ -122,10 +122,10 @@ class RecordingTrainer(DiffusionGRPOTrainer):
         self.prompt_tokens.append(int(outputs["prompt_mask"].sum()))
         return outputs
 
-    def _num_views(self, rollout):
-        needed, run = self.estimator.num_views(rollout), super()._num_views(rollout)
-        self.views.append([needed, run])
-        return run
+    def _plan(self, *args):
+        plan, run = super()._plan(*args)
+        self.views.append([max(1, len(plan)), run])
+        return plan, run
 
     def _score_view(self, *args, **kwargs):
         scores = super()._score_view(*args, **kwargs)

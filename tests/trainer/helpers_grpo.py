@@ -169,7 +169,7 @@ class CountingTrainer(DiffusionGRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
         if self.model.training:
-            self._since_generation = 0
+            self._since_generation, self.generated_at = 0, self.state.global_step
         return outputs
 
     def training_step(self, *args, **kwargs):
@@ -197,6 +197,8 @@ class CheckedTrainer(CountingTrainer):
             draws == (self.num_iterations if self.args.p_mask_prompt > 0 else 1) or "old_per_token_logps" not in inputs
         )
         sliced = {k: v[:, min(iteration, v.shape[1] - 1)] for k, v in stacked.items()}
+        if self.state.global_step == self.generated_at:
+            sliced["old_per_token_logps"] = None  # TRL takes the current policy's
         scores = token_logps(
             model,
             as_rollout(self, inputs),

@@ -11,7 +11,7 @@ from test_sft_trainer import dataset
 from test_sft_trainer import trainer as build_sft
 
 from trl_dllm import DiffusionGRPOTrainer
-from trl_dllm.trainer import sft_trainer
+from trl_dllm.trainer import grpo_trainer, sft_trainer
 from trl_dllm.trainer.finite import check_gradient
 
 
@@ -27,9 +27,9 @@ class BrokenTrainer(DiffusionGRPOTrainer):
         finally:
             self._for_the_loss = False
 
-    def _score_view(self, model, rollout, *args, **kwargs):
-        scores = super()._score_view(model, rollout, *args, **kwargs)
-        first = torch.arange(len(rollout))[:, None] == 0
+    def _score_view(self, model, plan, *args, **kwargs):
+        scores = super()._score_view(model, plan, *args, **kwargs)
+        first = torch.arange(len(plan.rollout))[:, None] == 0
         return scores.map(lambda table: self.spoil(table, first)) if self._for_the_loss else scores
 
     _for_the_loss, spoil = False, None
@@ -76,17 +76,16 @@ def test_log_probs_that_are_not_finite_end_the_run(tmp_path, settings, value):
 
 
 @pytest.mark.parametrize("name", ["old_per_token_logps", "ref_per_token_logps"])
-def test_the_message_says_which_policys_log_probs_they_are(tmp_path, name):
-    trainer = build(tmp_path, beta=0.04, num_iterations=2, max_steps=2)
-    score = trainer._old_and_reference_logps
+def test_the_message_says_which_policys_log_probs_they_are(tmp_path, monkeypatch, name):
+    trainer = build(tmp_path, beta=0.04, num_iterations=2, steps_per_generation=4, max_steps=4)
+    score = grpo_trainer.add_logps
 
-    def scoring(rollout):
-        found = score(rollout)
-        found[name][5] = torch.nan
-        return found
+    def scoring(trainer, batches):
+        score(trainer, batches)
+        batches[2][name][1] = torch.nan
 
-    trainer._old_and_reference_logps = scoring
-    stopped(trainer, rf"^Step 1: the loss is not finite, in row \d \('.+'\): {name}\. Go on")
+    monkeypatch.setattr(grpo_trainer, "add_logps", scoring)
+    stopped(trainer, rf"^Step 2: the loss is not finite, in row 1 \('.+'\): {name}\. Go on")
 
 
 def test_an_infinite_reward_is_said_to_be_one(tmp_path):

@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 
 from trl_dllm.likelihood import token_logps
 from trl_dllm.trainer import grpo_trainer
+from trl_dllm.trainer.old_and_reference import policy_logps
 
 
 EOS, CANVAS = 1, 8
@@ -86,8 +87,9 @@ def test_every_width_is_the_canvas_even_if_all_completions_stop_early(tmp_path, 
     assert (rollout.unmask_step[:, 4:] == -1).all() and outputs["completion_mask"].sum(dim=1).max() <= 4
     names = ["completion_ids", "completion_mask", "unmask_step", "counted", "rollout_logps"]
     assert all(outputs[name].shape == (8, CANVAS) for name in names)
-    assert outputs["old_per_token_logps"].shape == (8, 2, CANVAS)
-    assert not peft or outputs["ref_per_token_logps"].shape == (8, 2, CANVAS)
+    for batch in trainer._buffered_inputs:
+        assert batch["old_per_token_logps"].shape == (4, 2, CANVAS)
+        assert not peft or batch["ref_per_token_logps"].shape == (4, 2, CANVAS)
     assert (outputs["completion_ids"][:, 4:] == trainer.spec.mask_token_id).all()
     assert max(trainer.gradient_errors) < 1e-6
 
@@ -144,7 +146,7 @@ def test_truncated_completions_are_masked_if_trl_is_told_so(tmp_path, generated,
     assert ended.any() and not ended.all()
     assert torch.equal(outputs["completion_mask"].any(dim=1), ended)
     assert outputs["num_items_in_batch"] == outputs["completion_mask"].sum()
-    assert outputs["old_per_token_logps"][~ended].abs().sum() > 0, "their log-probs are still known"
+    assert outputs["skipped"][~ended].all(), "nothing is run for them"
     assert max(trainer.gradient_errors) < 1e-6
 
 
@@ -205,10 +207,10 @@ def test_improbable_tokens_behind_the_eos_do_not_make_the_loss_infinite(tmp_path
         rollout = replace(as_rollout(trainer, batch), counted=batch["unmask_step"] >= 0)
         with torch.no_grad():
             logps = token_logps(trainer.model, rollout, trainer.estimator, temperature=0.01).logps
-            scores = trainer._score_views(trainer.model, as_rollout(trainer, batch), 0, 1)
+            current = policy_logps(trainer, trainer.model, batch)[:, 0]
         uncounted = ~batch["counted"]
         improbable |= bool((logps[uncounted] < -100).any())
-        tables = [scores.logps, *(batch[f"{policy}_per_token_logps"][:, 0] for policy in ("old", "ref"))]
+        tables = [current, *(batch[f"{policy}_per_token_logps"][:, 0] for policy in ("old", "ref"))]
         assert all(table[uncounted].eq(0).all() and table[~uncounted].lt(0).any() for table in tables)
     assert improbable, "nothing was tested"
 

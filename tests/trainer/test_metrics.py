@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_grpo import as_rollout, build
 
-from trl_dllm.trainer.metrics import record_correction, record_generation, record_kl, record_mismatch
+from trl_dllm.trainer.metrics import record_correction, record_flops, record_generation, record_kl, record_mismatch
 
 
 @pytest.fixture
@@ -23,14 +23,18 @@ def test_the_samplers_speed_and_the_totals(trainer, mode):
     trainer.model.train(mode == "train")
     rollout = as_rollout(trainer, trainer._buffered_inputs[0])
     for _ in range(2):
-        record_generation(trainer, rollout)
+        record_generation(trainer, rollout, torch.tensor([True, False, False, False]))
     entries = trainer._metrics[mode]
     steps = rollout.num_steps.float().mean().item()
     assert entries["sampling/steps"] == [steps] * 2
     revealed = int((rollout.unmask_step >= 0).sum())
     assert entries["sampling/tokens_per_forward"] == pytest.approx([revealed / int(rollout.num_steps.sum())] * 2)
-    totals = {"flops": [float(trainer.flops.counted)], "flops_paper": [float(trainer.flops.paper)]}
-    assert {name: entries[name] for name in totals if name in entries} == (totals if mode == "train" else {})
+    assert entries["frac_rows_skipped"] == [0.25] * 2
+    record_flops(trainer)
+    record_flops(trainer)
+    assert entries["flops"] == [float(trainer.flops.counted)] and entries["flops_paper"] == [
+        float(trainer.flops.paper)
+    ]
 
 
 def test_the_full_kl_is_a_mean_over_counted_tokens_and_replaces_trls(trainer):

@@ -224,6 +224,11 @@ class DiffusionGenerationConfig(DecodingArguments):
         return [each + (step < remainder) for step in range(self.steps_per_block)]
 
     @property
+    def fixed_steps(self) -> int | None:
+        """T, where the schedule fixes it; None under a threshold."""
+        return self.diffusion_steps if self.confidence_threshold is None else None
+
+    @property
     def value_independent(self) -> bool:
         """Whether the order ignores the values just drawn, so that value probabilities multiply to a trajectory's."""
         return self.remasking in VALUE_INDEPENDENT

@@ -183,6 +183,7 @@ class Denoising:
             view_seed=self.seeds,
             mask_token_id=self.spec.mask_token_id,
             temperature=self.config.temperature,
+            steps=self.config.fixed_steps,
             num_forwards=self.num_forwards,
             flops=self.flops,
             support=self.support,

@@ -2,8 +2,9 @@
 
 from .any_order import AnyOrder
 from .elbo import CoupledElbo, Elbo
+from .plan import Plan, compact, counted_view
 from .pseudo import BlockPseudoLikelihood, PseudoLikelihood, TrajectoryPseudoLikelihood
-from .score import Reference, TokenScores, check_estimator, counted_view, score_view, token_logps
+from .score import Reference, TokenScores, check_estimator, score_view, token_logps
 from .trajectory import ExactTrajectory, MeanField, StepMerge
 from .view import Estimator, View, perturb_prompt
 
@@ -30,6 +31,7 @@ __all__ = [
     "Estimator",
     "ExactTrajectory",
     "MeanField",
+    "Plan",
     "PseudoLikelihood",
     "Reference",
     "StepMerge",
@@ -37,6 +39,7 @@ __all__ = [
     "TrajectoryPseudoLikelihood",
     "View",
     "check_estimator",
+    "compact",
     "counted_view",
     "perturb_prompt",
     "score_view",

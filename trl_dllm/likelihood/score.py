@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..models import MaskedDiffusionSpec, apply_head, entropy, log_probs, restrict, view_inputs
 from ..models.spec import check_full_attention
 from ..rollout import Rollout
-from .view import IGNORE, Estimator, View, perturb_prompt
+from .plan import Plan, compact
+from .view import IGNORE, Estimator, View
 
 
 # Runs a reference model: (model inputs, rows) -> its hidden states at those rows (n, H), and its head.
@@ -62,72 +63,73 @@ def score_view(
     canvas_length: int,
     spec: MaskedDiffusionSpec,
     temperature: float = 1.0,
-    batch_size: int | None = None,
     differentiable_entropy: bool = False,
     reference: Reference | None = None,
     support: Tensor | None = None,
+    owner: Tensor | None = None,
+    rows: int | None = None,
 ) -> TokenScores:
-    """Score one view: one forward, or one for each `batch_size` rows. `canvas_length` is L.
+    """Score one view in one forward; what a position is given by several rows is summed.
 
-    The log-probs and KLs carry gradients where they are enabled; the entropies only if `differentiable_entropy`. With
-    a `reference`, it is run on the same view without gradients, and its logits are made a tile at a time beside the
-    model's. With a `support` (B, L, K) all distributions are among the tokens that it names.
+    The log-probs and KLs carry gradients where they are enabled; the entropies only if `differentiable_entropy`.
+
+    Args:
+        model (`nn.Module`): the policy.
+        view (`View`): M rows.
+        canvas_length (`int`): L.
+        spec (`MaskedDiffusionSpec`): of the model.
+        temperature (`float`): logits are divided by it.
+        differentiable_entropy (`bool`): let gradients flow through the entropies.
+        reference (`Reference`, *optional*): run on the same view without gradients; its logits are made a tile at a
+            time beside the model's.
+        support (`Tensor` of shape (B, L, K), *optional*): tokens that all distributions are among.
+        owner (`Tensor` of shape (M,), int64, *optional*): the row of the result that each row of the view is of; None
+            where they are the same.
+        rows (`int`, *optional*): B, rows of the result; None takes M.
+
+    Returns:
+        `TokenScores`, (B, L) each.
     """
-    rows = view.input_ids.shape[0]
-    batch_size = batch_size or rows
-    parts = []
-    for start in range(0, rows, batch_size):
-        part = view[start : start + batch_size]
-        chosen = (part.targets != IGNORE).flatten().nonzero().squeeze(1)
-        inputs = view_inputs(model, part)
-        rows_scored = chosen - spec.logits_shift
-        hidden, project = (None, None) if reference is None else reference(inputs, rows_scored)
+    width, rows = view.input_ids.shape[1], len(view.input_ids) if rows is None else rows
+    chosen = (view.targets != IGNORE).flatten().nonzero().squeeze(1)
+    inputs = view_inputs(model, view)
+    rows_scored = chosen - spec.logits_shift
+    hidden, project = (None, None) if reference is None else reference(inputs, rows_scored)
 
-        def statistics(logits: Tensor, target: Tensor, *args: Tensor, project=project) -> Tensor:
-            tokens = None if support is None else args[0]
+    def statistics(logits: Tensor, target: Tensor, *args: Tensor) -> Tensor:
+        tokens = None if support is None else args[0]
 
-            def distribution(logits: Tensor) -> Tensor:
-                log_p = log_probs(logits, spec.mask_token_id, temperature)
-                return log_p if tokens is None else restrict(log_p, tokens)
+        def distribution(logits: Tensor) -> Tensor:
+            log_p = log_probs(logits, spec.mask_token_id, temperature)
+            return log_p if tokens is None else restrict(log_p, tokens)
 
-            log_p = distribution(logits)
-            place = target if tokens is None else (tokens == target[:, None]).long().argmax(dim=1)
-            token = log_p.gather(1, place[:, None]).squeeze(1)
-            columns = [token, entropy(log_p if differentiable_entropy else log_p.detach())]
-            if project is not None:
-                with torch.no_grad():
-                    log_q = distribution(project(args[-1]))
-                columns.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
-            return torch.stack(columns, dim=1)
+        log_p = distribution(logits)
+        place = target if tokens is None else (tokens == target[:, None]).long().argmax(dim=1)
+        token = log_p.gather(1, place[:, None]).squeeze(1)
+        columns = [token, entropy(log_p if differentiable_entropy else log_p.detach())]
+        if project is not None:
+            with torch.no_grad():
+                log_q = distribution(project(args[-1]))
+            columns.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
+        return torch.stack(columns, dim=1)
 
-        # In a shifted family the row before a position predicts it. Targets stand behind at least one prompt token
-        # there (see `token_logps`), so the row before never belongs to the previous sequence.
-        place = chosen // view.input_ids.shape[1] * canvas_length + part.index.flatten()[chosen]
-        row_args = [part.targets.flatten()[chosen]]
-        if support is not None:
-            row_args.append(support[start : start + batch_size].flatten(0, 1)[place])
-        if hidden is not None:
-            row_args.append(hidden)
-        scores = apply_head(model, inputs, rows_scored, statistics, *row_args)
-        scores = scores * part.weight.flatten()[chosen, None].to(scores.dtype)
-        # index_put with accumulation, so that a position scored at several rows of a view is summed.
-        table = scores.new_zeros(part.input_ids.shape[0] * canvas_length, scores.shape[1])
-        table = table.index_put((place,), scores, accumulate=True)
-        scored = torch.zeros(len(table), dtype=torch.bool, device=place.device).index_fill(0, place, True)
-        parts.append((table.view(-1, canvas_length, table.shape[1]), scored.view(-1, canvas_length)))
-    table = torch.cat([part[0] for part in parts])
+    # In a shifted family the row before a position predicts it. Targets stand behind at least one prompt token
+    # there (see `token_logps`), so the row before never belongs to the previous sequence.
+    row = chosen // width if owner is None else owner[chosen // width]
+    place = row * canvas_length + view.index.flatten()[chosen]
+    row_args = [view.targets.flatten()[chosen]]
+    if support is not None:
+        row_args.append(support.flatten(0, 1)[place])
+    if hidden is not None:
+        row_args.append(hidden)
+    scores = apply_head(model, inputs, rows_scored, statistics, *row_args)
+    scores = scores * view.weight.flatten()[chosen, None].to(scores.dtype)
+    # index_put with accumulation, so that a position scored at several rows of a view is summed.
+    table = scores.new_zeros(rows * canvas_length, scores.shape[1])
+    table = table.index_put((place,), scores, accumulate=True).view(rows, canvas_length, -1)
+    scored = torch.zeros(rows * canvas_length, dtype=torch.bool, device=place.device).index_fill(0, place, True)
     kls = None if reference is None else table[..., 2]
-    return TokenScores(table[..., 0], table[..., 1], torch.cat([part[1] for part in parts]), kls)
-
-
-def counted_view(estimator: Estimator, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
-    """View n of a rollout, without targets at positions that the loss does not count.
-
-    They would cost head rows, and an improbable token behind the EOS would overflow exp(reference - policy), whose
-    product with TRL's mask is NaN and not 0.
-    """
-    view = estimator.view(rollout, n, seeds, iteration)
-    return replace(view, targets=view.targets.masked_fill(~rollout.counted.gather(1, view.index), IGNORE))
+    return TokenScores(table[..., 0], table[..., 1], scored.view(rows, canvas_length), kls)
 
 
 def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusionSpec) -> None:
@@ -182,23 +184,31 @@ def token_logps(
         differentiable_entropy (`bool`): let gradients flow through the entropies.
 
     Returns:
-        `TokenScores`, (B, L) each. Costs `estimator.num_views(rollout)` forwards a row.
+        `TokenScores`, (B, L) each. Costs `estimator.num_views(rollout)` forwards a row, less those that score nothing.
 
     Raises:
         ValueError: the estimator does not apply to the model family, or rollout and model disagree on the mask token.
     """
     spec = spec or MaskedDiffusionSpec.from_model(model)
     check_estimator(estimator, rollout, spec)
-    seeds = rollout.view_seed if seeds is None else seeds
     temperature = rollout.temperature if temperature is None else temperature
-    rollout = perturb_prompt(rollout, p_mask_prompt, seeds, iteration)
     canvas_length = rollout.completion_ids.shape[1]
-    views = (counted_view(estimator, rollout, n, seeds, iteration) for n in range(estimator.num_views(rollout)))
-    scores = TokenScores.sum(
-        score_view(
-            model, view, canvas_length, spec, temperature, batch_size, differentiable_entropy, support=rollout.support
+    plan = Plan(estimator, rollout, iteration, batch_size or len(rollout), p_mask_prompt, seeds)
+    parts = []
+    for number in range(max(1, len(plan))):
+        view, owner = plan[number]
+        part = score_view(
+            model,
+            compact(view),
+            canvas_length,
+            spec,
+            temperature,
+            differentiable_entropy,
+            support=rollout.support,
+            owner=owner,
+            rows=len(rollout),
         )
-        for view in views
-    )
+        parts.append(part)
+    scores = TokenScores.sum(parts)
     scores = replace(scores, logps=estimator.assemble(scores.logps, rollout.counted))
-    return replace(scores, scored=estimator.scored(rollout, seeds, iteration) & rollout.counted)
+    return replace(scores, scored=estimator.scored(rollout, plan.seeds, iteration) & rollout.counted)

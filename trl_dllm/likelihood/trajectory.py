@@ -1,6 +1,7 @@
 """d2-StepMerge (d2 §3.2.2, Eq. 9, Algorithm 3): the trajectory replayed in N cuts.
 
-A row was decoded in T steps, and position i was revealed at step s_i. Cut the T steps evenly at
+A row was decoded in T steps, and position i was revealed at step s_i. (Where the schedule fixes T, a row that stopped
+at its EOS has the same T.) Cut the T steps evenly at
 
     b_n = floor(n T / N),  n = 0..N.
 
@@ -32,11 +33,11 @@ class StepMerge(Estimator):
     """d2-StepMerge: the trajectory likelihood from `num_segments` canvases (d2 Eq. 9).
 
     Exact for N >= T, d1's one-step mean field for N = 1, TraceRL with shrink k for N = T / k, JustGRPO for a
-    left-to-right sampler at one token a step and N = L. Each row is cut by its own T; a row with T < N has empty
-    segments.
+    left-to-right sampler at one token a step and N = L. Under a threshold each row is cut by its own T. Segments that
+    score nothing are not run.
 
     Args:
-        num_segments (`int`): N, the number of cuts. Costs N forwards of P + L tokens a row.
+        num_segments (`int`): N, the number of cuts. Costs N forwards of P + L tokens a row, at most.
     """
 
     replays = ("denoising",)
@@ -50,7 +51,7 @@ class StepMerge(Estimator):
         return self.num_segments
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
-        steps, segments = rollout.num_steps, self.num_segments
+        steps, segments = rollout.scheduled_steps, self.num_segments
         # Beyond the last view the segment begins behind the last step, and scores nothing.
         return segment_view(rollout, start=n * steps // segments, end=(n + 1) * steps // segments)
 

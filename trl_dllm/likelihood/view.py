@@ -4,6 +4,7 @@ An **estimator** turns a rollout into views and knows the paper, nothing else. T
 through a model and knows no paper.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +32,7 @@ class View(Layout):
     index: Tensor
     weight: Tensor
 
-    def __getitem__(self, rows: slice) -> "View":
+    def __getitem__(self, rows: slice | Tensor) -> "View":
         return View(
             self.input_ids[rows],
             self.position_ids[rows],
@@ -39,6 +40,38 @@ class View(Layout):
             self.targets[rows],
             self.index[rows],
             self.weight[rows],
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are scored."""
+        return int((self.targets != IGNORE).sum())
+
+    def columns(self, choose: Callable[[Tensor], Tensor]) -> "View":
+        """The view of the columns that `choose` takes from each (B, S) table."""
+        level, reach = self.attention.level, self.attention.reach
+        return View(
+            choose(self.input_ids),
+            choose(self.position_ids),
+            Attention(choose(level), None if reach is None else choose(reach)),
+            choose(self.targets),
+            choose(self.index),
+            choose(self.weight),
+        )
+
+    @staticmethod
+    def cat(views: list["View"]) -> "View":
+        """The rows of all views, which are of one layout, in one."""
+        if len(views) == 1:
+            return views[0]
+        levels, reaches = zip(*((view.attention.level, view.attention.reach) for view in views), strict=True)
+        return View(
+            torch.cat([view.input_ids for view in views]),
+            torch.cat([view.position_ids for view in views]),
+            Attention(torch.cat(levels), None if reaches[0] is None else torch.cat(reaches)),
+            torch.cat([view.targets for view in views]),
+            torch.cat([view.index for view in views]),
+            torch.cat([view.weight for view in views]),
         )
 
 

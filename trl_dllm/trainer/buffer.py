@@ -28,13 +28,13 @@ def to_batch(rollout: Rollout, kept: Tensor) -> dict[str, Tensor]:
         "completion_mask": (rollout.counted & kept).long(),
         "unmask_step": rollout.unmask_step,
         "counted": rollout.counted,
-        "rollout_logps": rollout.logps.nan_to_num(),  # NaN where an outside engine has none
+        "rollout_logps": rollout.logps,
         "view_seed": rollout.view_seed,
     }
 
 
-def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float) -> Rollout:
-    """The rollout of a micro-batch."""
+def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float, steps: int | None = None) -> Rollout:
+    """The rollout of a micro-batch; `steps` of the schedule it was drawn by, None for an adaptive one."""
     return Rollout(
         prompt_ids=batch["prompt_ids"],
         prompt_mask=batch["prompt_mask"],
@@ -46,6 +46,7 @@ def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float)
         mask_token_id=mask_token_id,
         temperature=temperature,
         support=batch.get("support"),
+        steps=steps,
     )
 
 

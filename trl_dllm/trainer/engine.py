@@ -101,6 +101,7 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
                 "one row (they come repeated num_generations times)."
             )
     args, spec, device = trainer.args, trainer.spec, trainer.accelerator.device
+    steps = trainer.sampling.fixed_steps
     length, vocabulary = args.canvas_length, trainer.model.config.get_text_config().vocab_size
     for row, prompt in enumerate(output["prompt_ids"]):
         where = f"rollout_func: row {row}: "
@@ -110,22 +111,27 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
             raise ValueError(f"{where}prompt_ids is empty; this model predicts a position at the row before it.")
         _check_numbers(f"{where}canvas_ids", output["canvas_ids"][row], length, 0, vocabulary)
         _check_numbers(f"{where}unmask_step", output["unmask_step"][row], length, -1, length)
-    canvas, steps = (torch.tensor(output[name], dtype=torch.int64).view(rows, length) for name in _OURS)
-    counted = count_until_eos(canvas, steps, trainer.eos_token_ids)
-    eos = torch.isin(canvas, torch.tensor(trainer.eos_token_ids, dtype=torch.int64)) & (steps >= 0)
+        if steps is not None and max(output["unmask_step"][row]) >= steps:
+            raise ValueError(
+                f"{where}unmask_step goes up to {max(output['unmask_step'][row])}, and diffusion_steps={steps}. Set "
+                "diffusion_steps to the engine's, or confidence_threshold where their number is not fixed."
+            )
+    canvas, taken = (torch.tensor(output[name], dtype=torch.int64).view(rows, length) for name in _OURS)
+    counted = count_until_eos(canvas, taken, trainer.eos_token_ids)
+    eos = torch.isin(canvas, torch.tensor(trainer.eos_token_ids, dtype=torch.int64)) & (taken >= 0)
     ends = torch.where(eos.any(dim=1), eos.long().argmax(dim=1), length)
     for row in range(rows):
         _check_trace(
             f"rollout_func: row {row}: ",
             canvas[row],
-            steps[row],
+            taken[row],
             counted[row],
             int(ends[row]),
             list(output["completion_ids"][row]),
             spec.mask_token_id,
             trainer.sampling.block_length,
         )
-    logps = _read_logps(output["logprobs"], counted, steps >= 0)
+    logps = _read_logps(output["logprobs"], counted, taken >= 0)
     if args.old_logps == "rollout" and not logps[counted].isfinite().all():
         raise ValueError(
             "rollout_func returned no logprobs for some tokens, and old_logps='rollout' takes them for the old "
@@ -136,12 +142,13 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
         completion_ids=canvas,
-        unmask_step=steps,
+        unmask_step=taken,
         logps=logps,
         counted=counted,
         view_seed=trainer._row_seeds(rows, "cpu"),
         mask_token_id=spec.mask_token_id,
         temperature=args.temperature,
+        steps=trainer.sampling.fixed_steps,
     )
     return rollout.to(device)
 
@@ -235,8 +242,8 @@ def _read_logps(rows: Sequence | None, counted: Tensor, revealed: Tensor) -> Ten
     return logps.masked_fill(~revealed, 0)
 
 
-def correct(trainer, rollout: Rollout, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the importance weights make of a generation batch: the entries of it that change.
+def correct(trainer, batches: list[dict[str, Tensor]], score: Callable[..., Tensor]) -> None:
+    """Multiply the importance weights into the advantages of a generation batch, which is split into micro-batches.
 
     Logs TRL's `sampling/sampling_logp_difference/*` and `sampling/importance_sampling_ratio/*`, and
     `sampling/mismatch_kl` and `_max`. Costs the exact estimator's forwards (one a decoding step, or one any-order
@@ -244,35 +251,42 @@ def correct(trainer, rollout: Rollout, batch: dict[str, Tensor]) -> dict[str, Te
 
     Args:
         trainer (`DiffusionGRPOTrainer`): its settings, and the model that has just been sampled from.
-        rollout (`Rollout`): what was drawn, with the sampler's log-probs.
-        batch (`dict`): `completion_mask` (B, L), `advantages` (B,) and, where it is used, `old_per_token_logps`.
+        batches (`list[dict]`): `completion_mask` (B, L), `advantages` (B,), the rollout with the sampler's log-probs
+            and, where it is used, `old_per_token_logps`.
+        score (`Callable`): `policy_logps`.
     """
-    if not corrects(trainer.args, trainer.rollout_func):
-        return {}
-    mask = batch["completion_mask"].bool() & rollout.logps.isfinite()
-    if not trainer.accelerator.gather(mask.any()).any():  # an engine without log-probs
-        return {}
     args = trainer.args
-    as_drawn = args.p_mask_prompt == 0 and args.score_temperature in (None, rollout.temperature or 1.0)
+    if not corrects(args, trainer.rollout_func):
+        return
+    masks = [batch["completion_mask"].bool() & ~batch["skipped"][:, None] for batch in batches]
+    masks = [mask & batch["rollout_logps"].isfinite() for mask, batch in zip(masks, batches, strict=True)]
+    if not trainer.accelerator.gather(torch.stack([mask.any() for mask in masks])).any():  # no log-probs at all
+        return
+    as_drawn = args.p_mask_prompt == 0 and args.score_temperature in (None, trainer.temperature or 1.0)
     exact = as_drawn and args.decoding in trainer.estimator.exact_for
-    if exact and args.scores_old and args.ratio_denominator == "old":
-        scores = batch["old_per_token_logps"][:, 0]
-    else:
-        scores = _exact_logps(trainer, rollout)
-    difference = (scores - rollout.logps).masked_fill(~mask, 0)
-    weights = importance_weights(
-        difference,
-        args.vllm_importance_sampling_mode,
-        args.vllm_importance_sampling_clip_min,
-        args.vllm_importance_sampling_clip_max,
-    )
-    record_mismatch(trainer, difference[mask])
-    record_correction(trainer, difference[mask], weights[mask] if weights.shape == mask.shape else weights.flatten())
-    # TRL's off-policy mask compares with the sampler, where it can.
-    sampled = {"sampling_per_token_logps": rollout.logps} if exact and trainer.off_policy_mask_threshold else {}
-    if trainer.loss_type == "vespo":  # which takes them into its sequence weight
-        return {**sampled, "importance_sampling_ratio": weights}
-    return {**sampled, "advantages": batch["advantages"][:, None] * weights.expand(mask.shape)}
+    differences, ratios = [], []
+    for batch, mask in zip(batches, masks, strict=True):
+        if exact and args.scores_old and args.ratio_denominator == "old":
+            scores = batch["old_per_token_logps"][:, 0]
+        else:
+            scores = score(_exact_scorer(trainer), trainer.model, batch)[:, 0]
+        difference = (scores - batch["rollout_logps"]).masked_fill(~mask, 0)
+        weights = importance_weights(
+            difference,
+            args.vllm_importance_sampling_mode,
+            args.vllm_importance_sampling_clip_min,
+            args.vllm_importance_sampling_clip_max,
+        )
+        if exact and trainer.off_policy_mask_threshold:  # TRL's off-policy mask compares with the sampler
+            batch["sampling_per_token_logps"] = batch["rollout_logps"]
+        if trainer.loss_type == "vespo":  # which takes them into its sequence weight
+            batch["importance_sampling_ratio"] = weights
+        else:
+            batch["advantages"] = batch["advantages"][:, None] * weights.expand(mask.shape)
+        differences.append(difference[mask])
+        ratios.append(weights[mask] if weights.shape == mask.shape else weights.flatten())
+    record_mismatch(trainer, torch.cat(differences))
+    record_correction(trainer, torch.cat(differences), torch.cat(ratios))
 
 
 def importance_weights(difference: Tensor, mode: str, low: float | None, high: float | None) -> Tensor:
@@ -286,9 +300,9 @@ def importance_weights(difference: Tensor, mode: str, low: float | None, high: f
     return ratio.masked_fill((ratio < low) | (ratio > high), 0)
 
 
-def _exact_logps(trainer, rollout: Rollout) -> Tensor:
-    """The policy's log-probs of the tokens, each under the distribution that it was drawn from; (B, L)."""
+def _exact_scorer(trainer):
+    """A copy of the trainer that scores each token under the distribution that it was drawn from."""
     scorer, settings = copy.copy(trainer), copy.copy(trainer.args)
     settings.p_mask_prompt, settings.score_temperature = 0.0, None
     scorer.args, scorer.estimator = settings, _EXACT[settings.decoding]
-    return scorer._batch_logps(trainer.model, rollout)[:, 0]
+    return scorer

@@ -37,7 +37,7 @@ _REFUSED: Refused = {
 }
 
 # Fields that `refuse` and `check_decoding` check.
-_ELSEWHERE = (*_REFUSED, *(f.name for f in fields(DecodingArguments)))
+_ELSEWHERE = (*_REFUSED, "redraw_views", *(f.name for f in fields(DecodingArguments)))
 
 # What TRL declares as any string, and compares with these while it trains.
 _CHOICES = {
@@ -98,9 +98,13 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             "0.15)."
         },
     )
-    redraw_views: bool = field(
-        default=True,
-        metadata={"help": "Whether whatever is random in a likelihood is drawn anew in each inner iteration."},
+    redraw_views: str = field(
+        default="true",
+        metadata={
+            "help": "Whether whatever is random in a likelihood is drawn anew in each inner iteration, or how many "
+            "draws there are, from 1 to num_iterations, which the iterations take in turn: each but the first costs a "
+            "pass of the old policy, and all of them one of the reference."
+        },
     )
     score_temperature: float | None = field(
         default=None,
@@ -179,6 +183,7 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         refuse(self, _REFUSED, "a diffusion model")
         if not 0 <= self.p_mask_prompt < 1:
             raise ValueError(f"p_mask_prompt={self.p_mask_prompt} must be in [0, 1); the papers use 0.15.")
+        self._read_redraw_views()
         if self.score_temperature is not None and self.score_temperature <= 0:
             raise ValueError(
                 f"score_temperature={self.score_temperature} must be positive; 1.0 is the un-tempered model."
@@ -194,6 +199,18 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             )
         self._check_loss()
         self.check_estimator(self.build_estimator())
+
+    def _read_redraw_views(self) -> None:
+        """A bool or a number, whatever a recipe or the command line made of it."""
+        given: Any = self.redraw_views
+        text = str(given).lower()
+        value: Any = text == "true" if text in ("true", "false") else int(text) if text.isdecimal() else None
+        if value is None or (not isinstance(value, bool) and not 1 <= value <= self.num_iterations):
+            raise ValueError(
+                f"redraw_views={given!r} must be true, false or a number of draws from 1 to "
+                f"num_iterations={self.num_iterations}."
+            )
+        self.redraw_views = value
 
     def _take_generation_kwargs(self) -> None:
         """Decoding settings may also stand in TRL's `generation_kwargs`, which go before the fields there too."""
@@ -371,9 +388,10 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         return self.ratio_denominator == "ref" or (self.beta != 0 and self.kl_estimator == "k3")
 
     def num_draws(self, estimator: Estimator) -> int:
-        """Inner iterations for which they are computed, because something random is drawn anew in each."""
-        random = estimator.stochastic or self.p_mask_prompt > 0
-        return self.num_iterations if random and self.redraw_views else 1
+        """Draws for which they are computed, of what is random in the views."""
+        if not (estimator.stochastic or self.p_mask_prompt > 0):
+            return 1
+        return self.num_iterations if self.redraw_views is True else max(1, int(self.redraw_views))
 
     def paper_flops(
         self, completions: int, parameters: int, frozen_backbone: bool, estimator: Estimator | None = None

@@ -1,10 +1,11 @@
 """TRL's GRPOTrainer for masked diffusion language models.
 
 Rewards, advantages, losses, the generation buffer, PEFT, quantisation and the distributed back-ends stay TRL's. Of
-its step four methods are overridden, here in the order in which they are met:
+its step five methods are overridden, here in the order in which they are met:
 
-- `_generate_and_score_completions`: the canvas and its trajectory are put beside each completion and travel with it,
-  and so do the old and the reference policy's log-probs, which an estimator computes.
+- `_prepare_inputs`: the micro-batches of a new generation batch get the old and the reference policy's log-probs,
+  which an estimator computes.
+- `_generate_and_score_completions`: the canvas and its trajectory are put beside each completion and travel with it.
 - `_generate_single_turn`: completions are drawn by masked diffusion decoding.
 - `_compute_loss`: an estimator scores the micro-batch, one view at a time, and TRL's loss is evaluated on the scores.
 - `_get_per_token_logps_and_entropies`: where TRL's loss asks for log-probs, it is given those scores.
@@ -27,10 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.models.utils import unwrap_model_for_generation
 
 from ..generation import generate
-from ..likelihood import Estimator, TokenScores, check_estimator, counted_view, perturb_prompt, score_view
+from ..likelihood import Estimator, Plan, TokenScores, check_estimator, compact, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
 from ..models.lora import register_lora_targets
 from ..models.spec import check_full_attention, check_unshifted
@@ -40,13 +41,22 @@ from .architecture import check_architecture
 from .base import HOOKS, DiffusionTrainer
 from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
 from .data import check_grpo_data, check_text
-from .engine import check_engine, checked_rollouts, correct
+from .engine import check_engine, checked_rollouts
 from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
-from .loss import backward, deferred_sync, is_separable, sub_sample_weights, token_weights, wd1_advantages
-from .metrics import record_generation, record_kl, record_mismatch
+from .loss import (
+    backward,
+    deferred_sync,
+    is_separable,
+    rows_without_gradient,
+    sub_sample_weights,
+    token_weights,
+    wd1_advantages,
+)
+from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch
 from .model_card import complete_card
-from .reference import as_reference, load_reference, reference_beside, reference_source, save_reference
+from .old_and_reference import add_logps
+from .reference import load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
 from .rewards import give_trajectory
 from .segmented_backward import segmented_backward
@@ -69,6 +79,8 @@ _OVERRIDDEN: Interface = {
     "_generate_single_turn": ("prompt_ids", "images", "multimodal_fields"),
     "_generate_and_score_completions": ("inputs",),
     "_get_per_token_logps_and_entropies": ("model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
     **HOOKS,
@@ -159,9 +171,11 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         if args.decoding == "any_order":
             check_unshifted("decoding='any_order'", self.spec.logits_shift)
         self._rollout: Rollout | None = None  # the generation batch, while TRL scores it
+        self._rewards: Tensor | None = None  # and its rewards
         # (global step, generation batches drawn in it), of training and of evaluation: a run with evaluation, or
         # resumed after one, draws the same completions in training.
         self._generation_round = [(-1, 0), (-1, 0)]
+        self._window_step = -1  # the optimizer step that the last micro-step belonged to
         self.flops = FlopsCounter()
 
         # TRL loads a reference where beta is not 0; as the ratio's denominator it is needed at 0 as well.
@@ -228,25 +242,28 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
-        rollout, self._rollout = self._rollout, None
+        (rollout, self._rollout), (rewards, self._rewards) = (self._rollout, None), (self._rewards, None)
         if self.args.loss_tokens == "canvas":
             rollout = replace(rollout, counted=rollout.revealed)
 
         # TRL zeroes the mask of truncated completions (mask_truncated_completions).
         outputs |= to_batch(rollout, kept=outputs["completion_mask"].any(dim=1, keepdim=True))
         outputs["num_items_in_batch"] = self.accelerator.gather(outputs["completion_mask"].sum()).sum()
-        for name in ("old_per_token_logps", "ref_per_token_logps"):  # placeholders, where TRL asked for them
+        for name in ("old_per_token_logps", "ref_per_token_logps"):  # placeholders; `add_logps` has the real ones
             outputs.pop(name, None)
-        outputs |= self._old_and_reference_logps(rollout)
+        outputs["skipped"] = rows_without_gradient(self, rewards, outputs["completion_mask"])
         if self.args.loss_type == "wd1":
             outputs["advantages"] = wd1_advantages(self, outputs["advantages"])
-        outputs |= correct(self, rollout, outputs)
         if self.model.training:  # the run's cost is that of training
             self.flops.counted += rollout.flops
             paper = self.args.paper_flops(len(rollout), self._parameters, self._frozen_backbone, self.estimator)
             self.flops.paper += paper.total
-        record_generation(self, rollout)
+        record_generation(self, rollout, outputs["skipped"])
         return outputs
+
+    def _calculate_rewards(self, *args, **kwargs):
+        self._rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards
 
     def _generate(self, prompts, *args, **kwargs):
         for row, prompt in enumerate(prompts):  # those of a stream have not been seen before
@@ -310,7 +327,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         flag = torch.tensor([running], dtype=torch.int64, device=self.accelerator.device)
         return bool(self.accelerator.gather(flag).any())
 
-    # ---------------------------------------------------------------------------------- old and reference log-probs
+    # ----------------------------------------------------------------------------------------------- the micro-batch
 
     @property
     def _full_kl(self) -> bool:
@@ -319,59 +336,29 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
     @property
     def _num_draws(self) -> int:
-        """Inner iterations that old and reference log-probs differ in."""
+        """Draws of what is random in the views, taken in turn by the inner iterations."""
         return self.args.num_draws(self.estimator) if self.model.training else 1
 
-    def _old_and_reference_logps(self, rollout: Rollout) -> dict[str, Tensor]:
-        """Log-probs of the generation batch for TRL's loss, (B, K, L): one for each of K draws of the views."""
-        found = {}
-        if self.args.scores_old:
-            found["old_per_token_logps"] = self._batch_logps(self.model, rollout)
-        elif self.args.needs_old:
-            found["old_per_token_logps"] = rollout.logps.masked_fill(~rollout.counted, 0)[:, None]
-        if self.args.scores_reference:
-            with as_reference(self) as model:
-                found["ref_per_token_logps"] = self._batch_logps(model, rollout)
-            if self.args.ratio_denominator == "ref":
-                found["old_per_token_logps"] = found["ref_per_token_logps"]
-        return found
+    def _prepare_inputs(self, generation_batch):
+        fresh = not self.model.training or self._buffered_inputs is None or self._step % self._cycle == 0
+        inputs = super()._prepare_inputs(generation_batch)
+        if fresh:
+            add_logps(self, self._buffered_inputs if self.model.training else [inputs])
+            if self.model.training:
+                record_flops(self)
+        return inputs
 
-    @torch.no_grad()
-    def _batch_logps(self, model, rollout: Rollout) -> Tensor:
-        """Log-probs of the generation batch for each draw of the views, (B, K, L); 0 where not counted.
-
-        Everything around the calls is as TRL has it: no gradient, no checkpointing, the batch size of the mode.
-        """
-        args, kwargs = self.args, self.args.gradient_checkpointing_kwargs
-        batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
-        views = self._num_views(rollout)
-        with disable_gradient_checkpointing(self.model, kwargs if isinstance(kwargs, dict) else None):
-            draws = [
-                self._score_views(model, rollout, iteration, views, batch_size).logps
-                for iteration in range(self._num_draws)
-            ]
-        return torch.stack(draws, dim=1)
-
-    # ------------------------------------------------------------------------------------------------------- scoring
-
-    def _num_views(self, rollout: Rollout) -> int:
-        """The largest number of views over all processes: each of them makes as many forwards as the others."""
+    def _plan(self, rollout: Rollout, draw: int, batch: dict[str, Tensor]) -> tuple[Plan, int]:
+        """The forwards of a micro-batch, and how many are made: as many on each process as on the one with most."""
         check_estimator(self.estimator, rollout, self.spec)
-        views = torch.tensor([self.estimator.num_views(rollout)], device=self.accelerator.device)
-        return int(self.accelerator.gather(views).max())
+        plan = Plan(self.estimator, rollout, draw, len(rollout), self.args.p_mask_prompt, skipped=batch.get("skipped"))
+        needed = torch.tensor([max(1, len(plan))], device=self.accelerator.device)
+        return plan, int(self.accelerator.gather(needed).max())
 
-    def _score_view(
-        self,
-        model,
-        rollout: Rollout,
-        n: int,
-        iteration: int,
-        batch_size: int | None = None,
-        full_kl: bool = False,
-    ) -> TokenScores:
-        """Scores of view n in an inner iteration; with `full_kl` also the KL from the reference."""
-        perturbed = perturb_prompt(rollout, self.args.p_mask_prompt, rollout.view_seed, iteration)
-        view = counted_view(self.estimator, perturbed, n, rollout.view_seed, iteration)
+    def _score_view(self, model, plan: Plan, number: int, full_kl: bool = False) -> TokenScores:
+        """Scores of one forward; with `full_kl` also the KL from the reference."""
+        view, owner = plan[number]
+        view, rollout = compact(view), plan.rollout
         with self.accelerator.autocast():
             scores = score_view(
                 model,
@@ -379,22 +366,18 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 rollout.completion_ids.shape[1],
                 self.spec,
                 self.args.score_temperature or rollout.temperature,
-                batch_size,
                 differentiable_entropy=self._entropy_bonus_enabled,
                 reference=reference_beside(self) if full_kl else None,
                 support=rollout.support,
+                owner=owner,
+                rows=len(rollout),
             )
         scores = replace(scores, logps=self.estimator.assemble(scores.logps, rollout.counted))
         if self.model.training:  # the run's cost is that of training
-            width, training = view.input_ids.shape[1], torch.is_grad_enabled()
-            for scored in scores.scored.split(batch_size or len(rollout)):  # one forward each
-                head_rows = int(scored.sum())
-                self.flops.counted += self._count_flops.view(len(scored), width, head_rows, training, full_kl)
+            rows, width = view.input_ids.shape
+            training = torch.is_grad_enabled()
+            self.flops.counted += self._count_flops.view(rows, width, view.num_targets, training, full_kl)
         return scores
-
-    def _score_views(self, model, rollout: Rollout, iteration: int, views: int, *args) -> TokenScores:
-        """Scores of all views of an inner iteration; `args` as in `_score_view`."""
-        return TokenScores.sum(self._score_view(model, rollout, n, iteration, *args) for n in range(views))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -417,39 +400,48 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         return self.estimator.disjoint and is_separable(self)
 
     def _compute_loss(self, model, inputs):
-        iteration = min(self._inner_iteration, self._num_draws - 1)
-        inputs = dict(inputs)
+        draw, first = self._inner_iteration % self._num_draws, self._inner_iteration == 0
+        batch, inputs = inputs, dict(inputs)
         for name in ("old_per_token_logps", "ref_per_token_logps"):
             if name in inputs:
-                inputs[name] = inputs[name][:, iteration]
-        rollout = from_batch(inputs, self.spec.mask_token_id, self.temperature)
+                inputs[name] = inputs[name][:, draw]
+        unmoved = self.model.training and self._generation_round[0][0] == self.state.global_step
+        if unmoved and first and self.args.scores_old:
+            inputs.pop("old_per_token_logps")  # the old policy is the current one: TRL takes its scores for both
+        if self.model.training:
+            self._window_step = self.state.global_step
+        rollout = from_batch(inputs, self.spec.mask_token_id, self.temperature, self.sampling.fixed_steps)
         if self.estimator.sub_samples(self.max_completion_length):
-            scored = self.estimator.scored(rollout, rollout.view_seed, iteration)
+            scored = self.estimator.scored(rollout, rollout.view_seed, draw)
             inputs["completion_mask"] = sub_sample_weights(inputs["completion_mask"], scored)
-        views = self._num_views(rollout)
+        plan, forwards = self._plan(rollout, draw, inputs)
 
-        def score(n: int) -> TokenScores:
-            return self._score_view(model, rollout, n, iteration, full_kl=self._full_kl)
+        def score(number: int) -> TokenScores:
+            return self._score_view(model, plan, number, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
             value = self._loss_of(scores, inputs, record)
             if record:
                 parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}
                 check_loss(self, value, rollout.prompt_ids, rollout.prompt_mask, parts)
-                before_update = self._step % self._cycle < self.args.gradient_accumulation_steps
-                if self.args.old_logps == "rollout" and self.model.training and before_update:
+                if unmoved and first and self.args.scores_old:
+                    batch["old_per_token_logps"][:, draw] = scores.logps.detach()
+                if unmoved and self.args.old_logps == "rollout":
                     record_mismatch(self, (scores.logps - rollout.logps)[rollout.counted])
             return value
 
-        if views == 1 or not torch.is_grad_enabled():
-            return loss(TokenScores.sum(map(score, range(views))), record=True)
-        return self._segmented_loss(model, inputs, views, score, loss)
+        if forwards == 1 or not torch.is_grad_enabled():
+            return loss(TokenScores.sum(map(score, range(forwards))), record=True)
+        return self._segmented_loss(model, inputs, forwards, score, loss)
 
     def _loss_of(self, scores: TokenScores, inputs: dict, record: bool) -> Tensor:
         """TRL's loss of log-probs that are already there, and the KL over the vocabulary where it is asked for."""
         trainer = self if record else self._without_metrics()
         if scores.kls is None:
-            return GRPOTrainer._compute_loss(trainer, scores, inputs)
+            value = GRPOTrainer._compute_loss(trainer, scores, inputs)
+            if record:
+                record_entropy(self, scores.entropies, inputs)
+            return value
         # Its own KL, from a reference that is the policy, is 0, and so is that KL's gradient.
         loss = GRPOTrainer._compute_loss(trainer, scores, {**inputs, "ref_per_token_logps": scores.logps.detach()})
         if record:

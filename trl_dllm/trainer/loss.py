@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from trl.trainer.utils import nanstd
 
 
 # Losses whose gradient with respect to a token's log-prob depends on that log-prob alone.
@@ -89,6 +90,41 @@ def wd1_advantages(trainer, advantages: Tensor) -> Tensor:
     weights = wd1_weights(trainer.accelerator.gather(advantages).view(-1, size)).flatten()
     start = trainer.accelerator.process_index * len(advantages)
     return weights[start : start + len(advantages)]
+
+
+def skips_rows(trainer) -> bool:
+    """Whether rows without a gradient are left out: where nothing but the advantage moves a row, or reads its entropy.
+
+    Under `normalize_then_sum` the advantage of a group of equal rewards is whatever the others leave.
+    """
+    return (
+        trainer.beta == 0
+        and not trainer._entropy_bonus_enabled
+        and trainer.top_entropy_quantile == 1.0
+        and trainer.multi_objective_aggregation == "sum_then_normalize"
+    )
+
+
+def rows_without_gradient(trainer, rewards: Tensor, mask: Tensor) -> Tensor:
+    """This process's rows that add nothing but their share of the normaliser, bool (B,).
+
+    Rows of a group whose rewards are all equal by TRL's own measure, and rows that the loss leaves out whole. (Their
+    advantages are not always 0: eight rewards of 0.1 leave 7e-9.)
+
+    Args:
+        rewards (`Tensor` of shape (all rows, functions)): of all processes, NaN where a function gave none.
+        mask (`Tensor` of shape (B, L)): tokens of this process that the loss counts.
+    """
+    left_out = ~mask.any(dim=1)
+    if not skips_rows(trainer):
+        return left_out
+    total = (rewards * trainer.reward_weights.to(rewards.device)).nansum(dim=1)
+    total[rewards.isnan().all(dim=1)] = torch.nan
+    size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+    spread = nanstd(total.view(-1, size), dim=1) if size > 1 else torch.zeros_like(total)
+    equal = torch.isclose(spread, torch.zeros_like(spread)).repeat_interleave(size)
+    start = trainer.accelerator.process_index * len(mask)
+    return left_out | equal[start : start + len(mask)]
 
 
 def _is_deepspeed(trainer) -> bool:

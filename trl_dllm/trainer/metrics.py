@@ -13,20 +13,36 @@ def _of_mode(trainer) -> dict[str, list[float]]:
     return trainer._metrics["train" if trainer.model.training else "eval"]
 
 
-def record_generation(trainer, rollout: Rollout) -> None:
-    """The sampler's speed and, in training, the run's floating-point operations so far.
+def record_generation(trainer, rollout: Rollout, skipped: Tensor) -> None:
+    """The sampler's speed and the rows that are not trained on.
 
-    Logs `sampling/tokens_per_forward`, `sampling/steps`, `flops` and `flops_paper`.
+    Logs `sampling/tokens_per_forward`, `sampling/steps` and `frac_rows_skipped`.
     """
     metrics, gather = _of_mode(trainer), trainer.accelerator.gather
     decoded = rollout.revealed.sum() / rollout.num_steps.sum()
     metrics["sampling/tokens_per_forward"].append(gather(decoded).mean().item())
     metrics["sampling/steps"].append(gather(rollout.num_steps.float().mean()).mean().item())
-    if trainer.model.training:
-        totals = torch.tensor([[trainer.flops.counted, trainer.flops.paper]], dtype=torch.float64)
-        totals = gather(totals.to(trainer.accelerator.device)).sum(dim=0).tolist()
-        # Set and not appended: these are totals, and no averages.
-        metrics["flops"], metrics["flops_paper"] = [totals[0]], [totals[1]]
+    metrics["frac_rows_skipped"].append(gather(skipped.float()).mean().item())
+
+
+def record_flops(trainer) -> None:
+    """The run's floating-point operations so far, over all processes: `flops` and `flops_paper`."""
+    metrics, gather = _of_mode(trainer), trainer.accelerator.gather
+    totals = torch.tensor([[trainer.flops.counted, trainer.flops.paper]], dtype=torch.float64)
+    totals = gather(totals.to(trainer.accelerator.device)).sum(dim=0).tolist()
+    # Set and not appended: these are totals, and no averages.
+    metrics["flops"], metrics["flops_paper"] = [totals[0]], [totals[1]]
+
+
+@torch.no_grad()
+def record_entropy(trainer, entropies: Tensor, inputs: dict[str, Tensor]) -> None:
+    """TRL's `entropy` over the tokens that were run: rows without a gradient are left out of the mean."""
+    mask = inputs["completion_mask"]
+    if "skipped" in inputs:
+        mask = mask * ~inputs["skipped"][:, None]
+    sums = torch.stack([(entropies * mask).sum(), mask.sum().to(entropies.dtype)])
+    total, count = trainer.accelerator.reduce(sums, reduction="sum").tolist()
+    _of_mode(trainer)["entropy"][-1] = total / max(count, 1)
 
 
 @torch.no_grad()

@@ -1,0 +1,122 @@
+"""Which forwards a likelihood takes (docs/methods.md §2.8): what nobody counts is not run.
+
+An estimator has views, and a rollout has rows. Of their pairs those are run that score a counted token, packed into
+forwards of a fixed number of rows; and of a forward's columns those that a scored row sees, directly or through
+others. All of it is exact: an estimator knows nothing of it.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..models.attention import NEVER, Attention
+from ..rollout import Rollout
+from .view import IGNORE, Estimator, View, perturb_prompt
+
+
+class Plan:
+    """The forwards of an estimator's views of a rollout, for one draw of what is random.
+
+    The same rollout, draw and size make the same forwards, row for row, whichever policy is run on them.
+
+    Args:
+        estimator (`Estimator`): which likelihood.
+        rollout (`Rollout`): B rows.
+        iteration (`int`): number of the draw.
+        size (`int`): rows of a forward, at most.
+        p_mask_prompt (`float`): probability with which a prompt token is masked.
+        seeds (`Tensor` of shape (B,), int64, *optional*): row seeds of random views; None takes `view_seed`.
+        skipped (`Tensor` of shape (B,), bool, *optional*): rows that are not run at all.
+    """
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        rollout: Rollout,
+        iteration: int,
+        size: int,
+        p_mask_prompt: float = 0.0,
+        seeds: Tensor | None = None,
+        skipped: Tensor | None = None,
+    ):
+        self.estimator, self.iteration, self.size = estimator, iteration, size
+        self.seeds = rollout.view_seed if seeds is None else seeds
+        self.rollout = perturb_prompt(rollout, p_mask_prompt, self.seeds, iteration)
+        views = [self._view(n).targets != IGNORE for n in range(estimator.num_views(rollout))]
+        needed = torch.stack(views).any(dim=2)  # (views, B)
+        if skipped is not None:
+            needed &= ~skipped
+        # Read back once: what follows is known without asking the device.
+        self._pairs: list[tuple[int, int]] = [(n, row) for n, row in needed.nonzero().tolist()]
+
+    def __len__(self) -> int:
+        """Forwards that score something; 0 if nothing is counted."""
+        return -(-len(self._pairs) // self.size)
+
+    @property
+    def num_pairs(self) -> int:
+        """Rows of all forwards together."""
+        return len(self._pairs)
+
+    def __getitem__(self, number: int) -> tuple[View, Tensor]:
+        """A forward: its view (at most `size` rows), and the row of the rollout that each of its rows is of, (M,).
+
+        Beyond the last one it is a row without targets: other processes have more forwards, and wait for this one.
+        """
+        if number >= len(self):
+            spare = self._view(0)[:1]
+            return replace(spare, targets=torch.full_like(spare.targets, IGNORE)), self.seeds.new_zeros(1)
+        pairs = self._pairs[number * self.size : (number + 1) * self.size]
+        parts = []
+        for n in dict.fromkeys(n for n, _ in pairs):
+            parts.append(self._view(n)[self.seeds.new_tensor([row for m, row in pairs if m == n])])
+        return View.cat(parts), self.seeds.new_tensor([row for _, row in pairs])
+
+    def _view(self, n: int) -> View:
+        return counted_view(self.estimator, self.rollout, n, self.seeds, self.iteration)
+
+
+def counted_view(estimator: Estimator, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
+    """View n of a rollout, without targets at positions that the loss does not count.
+
+    They would cost head rows, and an improbable token behind the EOS would overflow exp(reference - policy), whose
+    product with TRL's mask is NaN and not 0.
+    """
+    view = estimator.view(rollout, n, seeds, iteration)
+    return replace(view, targets=view.targets.masked_fill(~rollout.counted.gather(1, view.index), IGNORE))
+
+
+def compact(view: View) -> View:
+    """The view without columns that no scored row sees.
+
+    Where all that is hidden is padding, every row sees every column, and what goes is the left padding that all rows
+    have. Other layouts (any-order) keep, in each row, the scored columns, what they see and what that sees, in their
+    order; rows that keep fewer are padded on the right.
+    """
+    level, reach = view.attention.level, view.attention.reach
+    if reach is None:
+        padding = int((level == NEVER).all(dim=0).long().cumprod(dim=0).sum())
+        return view if padding == 0 else view.columns(lambda table: table[:, padding:])
+    scored = view.targets != IGNORE
+    # A column is seen from a level on, so that the highest reach says what is seen.
+    highest = reach.masked_fill(~scored, -1).amax(dim=1)
+    while True:
+        kept = scored | (level <= highest[:, None])
+        further = reach.masked_fill(~kept, -1).amax(dim=1)
+        if torch.equal(further, highest):
+            break
+        highest = further
+    number = kept.sum(dim=1, keepdim=True)
+    width = max(1, int(number.max()))
+    if width == level.shape[1]:
+        return view
+    place = (~kept).long().argsort(dim=1, stable=True)[:, :width]
+    fill = torch.arange(width, device=level.device) >= number
+    level, reach = (table.gather(1, place) for table in (level, reach))
+    left = view.columns(lambda table: table.gather(1, place))
+    return replace(
+        left,
+        attention=Attention(level.masked_fill(fill, NEVER), reach.masked_fill(fill, 0)),
+        targets=left.targets.masked_fill(fill, IGNORE),
+    )
