@@ -1,4 +1,4 @@
-"""What nobody counts is not run (docs/methods.md §2.8, identity 13), against all views on all columns."""
+"""What nobody counts is not run (docs/methods.md §2.7, identity 13), against all views on all columns."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Which forwards a likelihood takes (docs/methods.md §2.8): what nobody counts is not run.
+"""Which forwards a likelihood takes (docs/methods.md §2.7): what nobody counts is not run.
 
 An estimator has views, and a rollout has rows. Of their pairs those are run that score a counted token, packed into
 forwards of a fixed number of rows; and of a forward's columns those that a scored row sees, directly or through
