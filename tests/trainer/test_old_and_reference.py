@@ -1,4 +1,4 @@
-"""What is computed of other policies, and what need not be: identities 10 and 13 (docs/methods.md §7) in the trainer."""
+"""What is computed of other policies, and what need not be: identities 10 and 13 of docs/methods.md §7, trained."""
 
 from collections import Counter
 
