@@ -213,7 +213,8 @@ def test_a_compiled_model_gives_the_same_numbers_from_one_graph_a_kind_of_forwar
         run.train()
         runs.append(run)
         graphs = counters["stats"]["unique_graphs"]
-        assert graphs == (0 if not compiled else 3 if kind == "grpo" else 1)
+        # Packed forwards may be left with a single row, which is a size of its own to torch.compile: twice here.
+        assert graphs == (0 if not compiled else 3 + 2 if kind == "grpo" else 1)
     assert not counters["recompile_limit"]
     plain, same = runs
     for name in ("loss", "grad_norm", "entropy"):
