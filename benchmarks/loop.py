@@ -3,10 +3,11 @@
     python benchmarks/loop.py
 
 Rollout, old and reference log-probs and μ updates of one completion, in counted floating-point operations at the
-shapes of LLaDA-8B with LoRA of rank 128 (nothing is run: the model has no weights). Prompt 200, canvas 256 in blocks of 32, two
-tokens a step, groups of 6, no gradient checkpointing on either side. Released: every step runs prompt and canvas in
-full, each inner iteration redraws the prompt's mask and scores old and reference policy, and nothing is skipped. Ours:
-the forwards that the trainer plans for a rollout of which a share is counted, drawn here and not taken from a model.
+shapes of LLaDA-8B with LoRA of rank 128 (nothing is run: the model has no weights). Prompt 200, canvas 256 in blocks
+of 32, two tokens a step, groups of 6, no gradient checkpointing on either side. Released: every step runs prompt and
+canvas in full, each inner iteration redraws the prompt's mask and scores old and reference policy, and nothing is
+skipped. Ours: the forwards that the trainer plans for a rollout of which a share is counted, drawn here and not taken
+from a model.
 
 Then the update alone, in row-forwards and operations of all views on all columns: where all rows count the same share
 of the canvas, and where their lengths spread by half of it.
