@@ -47,6 +47,13 @@ def say_back_end() -> None:
     trainer.DEFAULT_CALLBACKS.append(Back)
 
 
+def end() -> None:
+    """Leave without the interpreter's tear-down, in which DeepSpeed's and gloo's threads now and then abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def main() -> None:
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" or "--deepspeed" in sys.argv
     if uses_deepspeed:
@@ -56,6 +63,7 @@ def main() -> None:
     say_back_end()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
+    end()
 
 
 if __name__ == "__main__":

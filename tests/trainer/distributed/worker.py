@@ -50,6 +50,9 @@ def main() -> None:
         results[name] = run(folder / name, keywords.pop("checkpoint", settings["checkpoint"]), **keywords, **extra)
         print(f"process {rank}: {name} has ended", flush=True)
         (folder / f"rank{rank}.json").write_text(json.dumps(results))
+    # Not the interpreter's tear-down, in which DeepSpeed's and gloo's threads now and then abort.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
