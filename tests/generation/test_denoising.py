@@ -227,7 +227,7 @@ def test_a_given_spec_wins_over_the_config(models):
 
 
 def test_forwards_and_flops_are_counted(models):
-    """Two a multiply-add: linear layers, attention, head tiles of 64 rows; finished rows are not counted."""
+    """Two a multiply-add: linear layers, attention, head tiles of 16 rows; finished rows are not counted."""
     model = models("llada")
     hidden, layers, inner = 32, 2, 80
     eos = common_eos(model)
@@ -243,7 +243,7 @@ def test_forwards_and_flops_are_counted(models):
 
     def forward(rows, head_rows):
         linear = layers * 2 * (4 * hidden * hidden + 3 * hidden * inner)
-        head = -(-head_rows // 64) * 64 * 2 * hidden * VOCAB
+        head = -(-head_rows // 16) * 16 * 2 * hidden * VOCAB
         return rows * width * linear + rows * width * width * layers * 4 * hidden + head
 
     steps = rollout.num_steps.tolist()
@@ -255,7 +255,7 @@ def test_forwards_and_flops_are_counted(models):
     assert parts.num_forwards == max(steps[:3]) + steps[3]
     guided = sample(model, cfg_scale=0.5, **{**settings, "stop_at_eos": False})
     assert guided.num_forwards == 6
-    assert guided.flops == 6 * forward(8, 2 * 64)  # a tile of 64 positions, and their unconditional twins
+    assert guided.flops == 6 * forward(8, 2 * 16)  # a tile of 16 positions, and their unconditional twins
 
 
 def test_head_tiles_are_whole(models):

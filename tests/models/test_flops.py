@@ -28,7 +28,7 @@ from trl_dllm.models import (
 from trl_dllm.trainer.sft_trainer import freeze_all_but
 
 
-ROWS, WIDTH, HEAD_ROWS = 4, 24, 32
+ROWS, WIDTH, HEAD_ROWS = 4, 24, 48
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj"]
 
 

@@ -8,6 +8,7 @@ from oracles import sharp_model, token_distribution
 from torch import nn
 
 from trl_dllm.models import TILE_ROWS, apply_head, entropy, hidden_rows, hidden_rows_and_head, log_probs, unwrap
+from trl_dllm.models.head import in_tiles
 
 
 MASK = 3
@@ -203,8 +204,8 @@ def test_same_row_has_the_same_bits_in_every_batch(dtype):
     assert torch.equal(numbers(some), whole[some])
 
 
-def test_tiles_have_a_fixed_number_of_rows():
-    """What `reduce` sees is TILE_ROWS rows, with its arguments padded alike."""
+def test_tiles_are_of_few_sizes():
+    """What `reduce` sees is 16, 32 or 64 rows, by what the call wants, with its arguments padded alike."""
     seen = []
 
     def reduce(logits, target):
@@ -212,12 +213,13 @@ def test_tiles_have_a_fixed_number_of_rows():
         return logits[:, :1]
 
     model = Lookup(torch.randn(1, 200, 8))
-    for count, tiles in ((0, 1), (1, 1), (TILE_ROWS, 1), (TILE_ROWS + 1, 2), (200, 4)):
+    sizes = {0: [16], 1: [16], 16: [16], 17: [32], 32: [32], 33: [64], 64: [64], 65: [64] * 2, 200: [64] * 4}
+    for count, tiles in sizes.items():
         seen.clear()
         rows = torch.arange(count)
         with torch.no_grad():
             assert apply_head(model, {}, rows, reduce, rows).shape == (count, 1)
-        assert seen == [(TILE_ROWS, TILE_ROWS)] * tiles
+        assert seen == [(size, size) for size in tiles] and in_tiles(count) == sum(tiles)
 
 
 def test_tiles_are_recomputed_in_the_backward_pass():

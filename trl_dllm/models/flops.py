@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .head import TILE_ROWS, unwrap
+from .head import in_tiles, unwrap
 
 
 # The order in which the parts of a decoder layer run; parts with the same number do not read each other.
@@ -84,7 +84,7 @@ class ForwardFlops:
             together (`int`): rows of hidden states that a result is reduced from (2 with guidance).
         """
         tokens = rows * queries
-        head = together * _in_tiles(head_rows) * self.per_head_row
+        head = together * in_tiles(head_rows) * self.per_head_row
         return tokens * (self.per_token + keys * self.per_pair) + head
 
     @property
@@ -152,7 +152,7 @@ class TrainingFlops(ForwardFlops):
             training (`bool`): with gradients; the backward pass is counted too.
             reference (`bool`): with the reference model run on the same view without gradients, for the full KL.
         """
-        tokens, tile_rows = rows * width, _in_tiles(head_rows)
+        tokens, tile_rows = rows * width, in_tiles(head_rows)
         total = self(rows, width, width, head_rows)
         if reference:
             total += tokens * (self._cost(self._reference_adapters) + width * self.per_pair)
@@ -283,11 +283,6 @@ def _peft_wrappers() -> tuple[type, ...]:
     """Those, and PEFT's wrappers of modules that it copies and trains."""
     other = sys.modules.get("peft.utils.other")
     return _adapted_layers() if other is None else (*_adapted_layers(), other.AuxiliaryTrainingWrapper)
-
-
-def _in_tiles(head_rows: int) -> int:
-    """Rows that the head is applied to, for `head_rows` that are wanted: whole tiles, and at least one."""
-    return max(1, -(-head_rows // TILE_ROWS)) * TILE_ROWS
 
 
 def _matrices(model: PreTrainedModel) -> list[_Matrix]:

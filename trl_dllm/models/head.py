@@ -3,11 +3,12 @@
 A masked diffusion model is called for a few of its positions, but its vocabulary is large: at LLaDA's shapes the (B,
 S, V) logits of one micro-batch take gigabytes, of which the scorer needs a tenth. `apply_head` calls the *wrapped*
 model (DDP, DeepSpeed, PEFT, accelerate's autocast), and redirects the forward of the innermost output head for that
-one call: it selects the rows, pads them to tiles of `TILE_ROWS` and reduces each tile's logits to a few numbers before
-the next is made. Because the result leaves through the model's own output, the hooks of every wrapper see a normal
-forward.
+one call: it selects the rows, pads them to tiles of 16 to 64 rows and reduces each tile's logits to a few numbers
+before the next is made. Because the result leaves through the model's own output, the hooks of every wrapper see a
+normal forward.
 
-A tile always has the same number of rows, so a row's numbers have the same bits whatever else is in the batch.
+A row's numbers have the same bits in tiles of one size whatever else is in them; tiles are of few sizes, by the number
+of rows that a call wants.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,24 @@ from transformers import PreTrainedModel
 
 
 TILE_ROWS = 64
+SMALLEST_TILE = 16
+
+
+def tile_rows(count: int) -> int:
+    """Rows of a tile in a call that wants `count`: 16, 32 or 64.
+
+    At a large vocabulary a tile of 64 for a few rows would cost more than the rest of a small model.
+    """
+    size = min(SMALLEST_TILE, TILE_ROWS)
+    while size < min(count, TILE_ROWS):
+        size *= 2
+    return min(size, TILE_ROWS)
+
+
+def in_tiles(count: int) -> int:
+    """Rows that the head is applied to, for `count` that are wanted: whole tiles, and at least one."""
+    size = tile_rows(count)
+    return max(1, -(-count // size)) * size
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -62,11 +81,10 @@ def apply_head(
 
     def redirected(hidden: Tensor) -> Tensor:
         chosen = hidden.reshape(-1, hidden.shape[-1])[rows]
-        count = chosen.shape[0]
+        count, size = chosen.shape[0], tile_rows(chosen.shape[0])
         # At least one tile even for no rows: a process with nothing to score must give the head's weights a (zero)
         # gradient like the others, or sharded training waits for it for ever.
-        tiles = max(1, -(-count // TILE_ROWS))
-        padding = tiles * TILE_ROWS - count
+        padding = in_tiles(count) - count
         chosen = torch.cat([chosen, chosen.new_zeros(padding, *chosen.shape[1:])])
         args = [torch.cat([arg, arg.new_zeros(padding, *arg.shape[1:])]) for arg in row_args]
 
@@ -74,8 +92,8 @@ def apply_head(
             return reduce(project(hidden_rows), *tile_args)
 
         outputs = []
-        for start in range(0, tiles * TILE_ROWS, TILE_ROWS):
-            part = [tensor[start : start + TILE_ROWS] for tensor in (chosen, *args)]
+        for start in range(0, count + padding, size):
+            part = [tensor[start : start + size] for tensor in (chosen, *args)]
             outputs.append(checkpoint(tile, *part, use_reentrant=False) if torch.is_grad_enabled() else tile(*part))
         return torch.cat(outputs)[:count]
 
