@@ -1,6 +1,6 @@
 # make demo [SEED=0]   train a tiny model by SFT and GRPO, and measure it before and after
 # make test            the fast tests;  make test-slow: the rest;  make lint: style and types
-# make test-sharding   every way to shard x adapter x estimator x KL, on two processes; 20 minutes
+# make test-sharding   every way to shard x adapter x estimator x KL, on two processes; 7 minutes on two idle cores
 # make coverage        the fast tests, and the lines of the core that they run
 # make test-oldest     the trainers' and models' tests on the oldest versions that pyproject.toml allows
 # make test-trl-main   the trainers' tests on a checkout of TRL: make test-trl-main TRL=../trl
