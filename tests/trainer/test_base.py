@@ -71,6 +71,29 @@ def test_a_run_resumed_from_any_checkpoint_is_the_run_that_was_not_interrupted(t
         assert resumed.flops == whole.flops, "the counters start anew"
 
 
+@pytest.mark.parametrize("end", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("make", [grpo, build_sft], ids=["grpo", "sft"])
+def test_a_run_resumed_behind_its_last_step_takes_no_further_one(tmp_path, make, accumulation, end):
+    """Killed between its last checkpoint and its end. The learning rate is constant, so a step would be seen."""
+    settings = {
+        "gradient_accumulation_steps": accumulation,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "no",
+        "lr_scheduler_type": "constant",
+        **end,
+    }
+    whole = make(tmp_path, **settings)
+    whole.train()
+    last = whole.state.global_step
+    resumed = resume(make(tmp_path, **settings), tmp_path, last)
+    assert resumed.state.global_step == last
+    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items())
+    if make is grpo:
+        assert resumed.flops == whole.flops, "the counters start anew"
+
+
 def test_a_resumed_run_draws_no_completions_that_it_has(tmp_path):
     """Of nine steps in cycles of four, they are drawn behind steps 0, 4 and 8."""
     grpo(tmp_path, eval_strategy="no").train()

@@ -18,6 +18,7 @@ from .stock import Interface
 
 HOOKS: Interface = {
     "train": ("resume_from_checkpoint",),
+    "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_save_checkpoint": ("model", "trial"),
     "_save_rng_state": ("output_dir",),
@@ -65,9 +66,19 @@ class DiffusionTrainer(RecordingTrainer):
                 "to start from the beginning."
             )
         (checkpoint,) = broadcast_object_list([checkpoint])  # a shared folder may look different from another node
+        self._taken_up = False
         output = super().train(checkpoint, *args, **kwargs)
+        if checkpoint is not None and not self._taken_up:  # no step was left, in an epoch of its own
+            self.load_process_states(load_process_states(self, checkpoint), checkpoint)
         check_steps(self.state.global_step)
         return output
+
+    def get_batch_samples(self, *args, **kwargs):
+        # A run that is resumed behind its last step: Trainer would take one more before it looks.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -92,6 +103,7 @@ class DiffusionTrainer(RecordingTrainer):
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
+            self._taken_up = True
             self.load_process_states(load_process_states(self, checkpoint), checkpoint)
 
     def _get_grad_norm(self, model, grad_norm=None):
