@@ -71,6 +71,20 @@ def test_a_run_resumed_from_any_checkpoint_is_the_run_that_was_not_interrupted(t
         assert resumed.flops == whole.flops, "the counters start anew"
 
 
+@pytest.mark.parametrize("make", [grpo, build_sft], ids=["grpo", "sft"])
+def test_a_run_resumed_in_any_epoch_goes_on_with_its_rows(tmp_path, make):
+    """Two or more optimizer steps an epoch: TRL's sampler takes the order of every epoch from one generator."""
+    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "logging_steps": 1}
+    settings |= {"data": text_prompts(1), "steps_per_generation": 2, "num_iterations": 1} if make is grpo else {}
+    whole = make(tmp_path, **settings)
+    whole.train()
+    epochs = int(whole.state.epoch)
+    for step in range(1, 7):
+        resumed = resume(make(tmp_path, **settings), tmp_path, step)
+        assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(resumed).items()), step
+    assert make is not grpo or epochs >= 2
+
+
 @pytest.mark.parametrize("end", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("make", [grpo, build_sft], ids=["grpo", "sft"])

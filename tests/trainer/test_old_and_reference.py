@@ -186,3 +186,24 @@ def test_rows_that_the_loss_leaves_out_are_not_run(tmp_path):
     assert skipped.any() and not skipped.all()
     for batch in batches:
         assert not batch["old_per_token_logps"][batch["skipped"]].any()
+
+
+def test_rows_that_are_not_run_are_nothing_under_the_samplers_log_probs(tmp_path):
+    """Their ratio is 1, and they are no part of the mismatch."""
+    settings = {"estimator": "exact_trajectory", "old_logps": "rollout", "reward_funcs": half}
+    trainer = run(tmp_path, **settings)
+    assert max(losses(trainer, "frac_rows_skipped")) > 0
+    assert 0 <= max(losses(trainer, "sampling/mismatch_max")) < 1e-4
+    for batch in trainer._buffered_inputs:
+        assert not batch["old_per_token_logps"][batch["skipped"]].any()
+
+
+def test_a_second_call_of_train_draws_anew(tmp_path):
+    """Its steps count from 0 again, and TRL's buffer is of a policy that has moved since."""
+    trainer = run(tmp_path, steps_per_generation=4, gradient_accumulation_steps=1, max_steps=1, learning_rate=0.05)
+    before = torch.cat([batch["view_seed"] for batch in trainer._buffered_inputs])
+    drawn = []
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda *args: drawn.append(1) or generate(*args)
+    trainer.train()
+    assert drawn == [1] and trainer._step == 1 and len(before) == 16

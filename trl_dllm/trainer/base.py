@@ -3,10 +3,13 @@
 It stands before TRL's trainer in the bases of a trainer. `checkpoint.py` and `finite.py` do the work.
 """
 
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..models.adapters import resume_adapters
 from .checkpoint import find_checkpoint, load_process_states, make_way, save_process_state
@@ -35,6 +38,7 @@ class DiffusionTrainer(RecordingTrainer):
     """
 
     def __init__(self, *args, **kwargs):
+        self.finished_epochs = 0  # before the first step of this process
         self.rows_of_step: list[tuple[Tensor, Tensor]] = []  # ids and masks of the optimizer step's micro-batches
         super().__init__(*args, **kwargs)
 
@@ -66,7 +70,10 @@ class DiffusionTrainer(RecordingTrainer):
                 "to start from the beginning."
             )
         (checkpoint,) = broadcast_object_list([checkpoint])  # a shared folder may look different from another node
-        self._taken_up = False
+        self._taken_up, self.finished_epochs = False, 0
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+            self.finished_epochs = int(state.epoch or 0)
         output = super().train(checkpoint, *args, **kwargs)
         if checkpoint is not None and not self._taken_up:  # no step was left, in an epoch of its own
             self.load_process_states(load_process_states(self, checkpoint), checkpoint)

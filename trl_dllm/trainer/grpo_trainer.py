@@ -232,7 +232,15 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         self.args.check_estimator(self.estimator)
         check_engine(self.args, self.rollout_func)
         self.sampling = self.args.generation_config(self.eos_token_ids)
+        # TRL keeps them from one call to the next, whose steps count from 0 again; a checkpoint brings its own.
+        self._step, self._buffered_inputs, self._window_step = 0, None, -1
         return super().train(*args, **kwargs)
+
+    def _get_train_sampler(self, *args, **kwargs):
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        for _ in range(self.finished_epochs):  # each takes an order of the prompts from one generator
+            next(iter(sampler), None)
+        return sampler
 
     def evaluation_loop(self, *args, **kwargs):
         self._generation_round[1] = (-1, 0)  # every evaluation at a step draws the same completions
@@ -427,7 +435,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 if unmoved and first and self.args.scores_old:
                     batch["old_per_token_logps"][:, draw] = scores.logps.detach()
                 if unmoved and self.args.old_logps == "rollout":
-                    record_mismatch(self, (scores.logps - rollout.logps)[rollout.counted])
+                    ran = rollout.counted & ~inputs["skipped"][:, None] if "skipped" in inputs else rollout.counted
+                    record_mismatch(self, (scores.logps - rollout.logps)[ran])
             return value
 
         if forwards == 1 or not torch.is_grad_enabled():

@@ -24,7 +24,9 @@ def add_logps(trainer, batches: list[dict[str, Tensor]]) -> None:
             first = int(place < current and not corrects(args, trainer.rollout_func))
             batch["old_per_token_logps"] = policy_logps(trainer, trainer.model, batch, first)
         elif args.needs_old:
-            batch["old_per_token_logps"] = batch["rollout_logps"].masked_fill(~batch["counted"], 0)[:, None]
+            batch["old_per_token_logps"] = batch["rollout_logps"].masked_fill(
+                ~batch["counted"] | batch["skipped"][:, None], 0
+            )[:, None]
         if args.scores_reference:
             with as_reference(trainer) as model:
                 batch["ref_per_token_logps"] = policy_logps(trainer, model, batch)
