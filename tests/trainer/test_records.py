@@ -202,7 +202,7 @@ def test_a_checkpoint_is_loaded_without_a_step(tmp_path, peft):
     assert all(torch.equal(value, weights(loaded)[name]) for name, value in weights(whole).items())
     again = build(tmp_path / "again", peft=peft, max_steps=3)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert again.state.global_step == 4, "why `train` alone does not do"
+    assert again.state.global_step == 3, "and so does `train`"
 
 
 def test_the_best_model_is_loaded_where_it_is_asked_for(tmp_path):
