@@ -54,16 +54,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def adapted_8b() -> torch.nn.Module:
     """LLaDA-8B with adapters on all linear layers, without weights."""
-    config = LLaDAConfig(
-        hidden_size=4096,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-        intermediate_size=12288,
-        vocab_size=126464,
-    )
     with torch.device("meta"):
-        return get_peft_model(LLaDAModelLM(config), LoraConfig(r=128, target_modules="all-linear"))
+        return get_peft_model(LLaDAModelLM(LLaDAConfig()), LoraConfig(r=128, target_modules="all-linear"))
 
 
 def draw(share: float, seed: int, spread: float = 0.0, stopped: bool = False) -> Rollout:
@@ -104,11 +96,7 @@ class Loop:
         passed = views * self.training.view(1, width, CANVAS // views, training=False)
         # Without our recomputation of the head.
         trained = views * self.training.view(1, width, CANVAS // views, training=True)
-        trained -= (
-            views
-            * self.training.per_head_row
-            * (self.training(0, 0, 0, CANVAS // views) // self.training.per_head_row)
-        )
+        trained -= views * self.training(0, 0, 0, CANVAS // views)
         draws = self.mu if self.redrawn else 1
         rollout_cost = STEPS * self.forward(1, PROMPT + CANVAS, PROMPT + CANVAS, BLOCK // 2)
         return Costs(rollout_cost, draws * passed, draws * passed, self.mu * trained)

@@ -428,25 +428,15 @@ def test_sequence_weights_and_unknown_log_probs(tmp_path):
 
 
 def test_the_off_policy_mask_compares_with_the_engine(tmp_path):
-    trainer = build(
-        tmp_path,
-        estimator="exact_trajectory",
-        rollout_func=Engine(other_model()),
-        num_iterations=2,
-        off_policy_mask_threshold=0.1,
-    )
-    trainer.train()
-    batch = buffered(trainer)
-    assert torch.equal(batch["sampling_per_token_logps"].nan_to_num(), batch["rollout_logps"])
-    other = build(
-        tmp_path,
-        estimator="step_merge",
-        rollout_func=Engine(other_model()),
-        num_iterations=2,
-        off_policy_mask_threshold=0.1,
-    )
-    other.train()
-    assert "sampling_per_token_logps" not in buffered(other), "its bias is no mismatch"
+    batches = {}
+    for estimator in ("exact_trajectory", "step_merge"):
+        settings = {"estimator": estimator, "num_iterations": 2, "off_policy_mask_threshold": 0.1}
+        trainer = build(tmp_path, rollout_func=Engine(other_model()), **settings)
+        trainer.train()
+        batches[estimator] = buffered(trainer)
+    exact = batches["exact_trajectory"]
+    assert torch.equal(exact["sampling_per_token_logps"].nan_to_num(), exact["rollout_logps"])
+    assert "sampling_per_token_logps" not in batches["step_merge"], "its bias is no mismatch"
 
 
 def test_vespo_is_given_the_ratio_and_wd1_is_weighed(tmp_path):

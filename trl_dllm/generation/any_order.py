@@ -33,7 +33,22 @@ class AnyOrderDecoding(Denoising):
         )
 
 
-class CachedAnyOrderDecoding(Denoising):
+class CachedDecoding(Denoising):
+    """A decoder whose forwards run some columns and find the others in its cache."""
+
+    cache: Cache
+
+    def _run(self, ids, positions, pattern, head_rows, reduce, keys, *args) -> Tensor:
+        layout = Layout(ids, positions, pattern)
+        with _dense_attention(unwrap(self.model)):
+            inputs = view_inputs(self.model, layout, dense=True) | {"past_key_values": self.cache, "use_cache": True}
+            out = apply_head(self.model, inputs, head_rows, reduce, *args)
+        self.num_forwards += 1
+        self.flops += self.count_flops(len(ids), ids.shape[1], keys, len(head_rows))
+        return out
+
+
+class CachedAnyOrderDecoding(CachedDecoding):
     """The same draws with the exact cache.
 
     Rows keep their cache in slots of their own order of arrival: prompt, then tokens as they were revealed. A step
@@ -48,7 +63,7 @@ class CachedAnyOrderDecoding(Denoising):
         # Room for the widest chunk behind the fullest row: one row may bring a whole block of new tokens and a whole
         # block of masks while another has all but its last token cached.
         self.slots = width + config.max_new_tokens + 2 * config.block_length
-        self.cache = SlotCache(self.slots)
+        self.cache: SlotCache = SlotCache(self.slots)
         self.level = torch.full((rows, self.slots), NEVER, device=device)  # level of each slot; NEVER: not valid
         self.used = torch.full((rows,), width, device=device)  # valid slots of each row
         self.cached_rows = torch.arange(rows, device=device)  # which rows the cache holds
@@ -77,15 +92,6 @@ class CachedAnyOrderDecoding(Denoising):
         )
         self.cache.select(group)
         self.level[:, :width] = torch.zeros_like(self.prompt_ids).masked_fill(~self.prompt_mask, NEVER)
-
-    def _run(self, ids, positions, pattern, head_rows, reduce, keys, *args) -> Tensor:
-        layout = Layout(ids, positions, pattern)
-        with dense_attention(unwrap(self.model)):
-            inputs = view_inputs(self.model, layout, dense=True) | {"past_key_values": self.cache, "use_cache": True}
-            out = apply_head(self.model, inputs, head_rows, reduce, *args)
-        self.num_forwards += 1
-        self.flops += self.count_flops(len(ids), ids.shape[1], keys, len(head_rows))
-        return out
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce, *args: Tensor) -> Tensor:
         """Run the tokens revealed last and the candidates; reduce the candidates' logits."""
@@ -146,7 +152,7 @@ def _place_in_row(row: Tensor, counts: Tensor) -> Tensor:
 
 
 @contextmanager
-def dense_attention(model: PreTrainedModel):
+def _dense_attention(model: PreTrainedModel):
     """FlexAttention would be compiled anew for every chunk; small rectangular masks go to sdpa."""
     before = model.config._attn_implementation
     if before == "flex_attention":

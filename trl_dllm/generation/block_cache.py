@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..models import NEVER, Attention, Layout, apply_head, unwrap, view_inputs
-from .any_order import dense_attention
-from .denoising import Denoising
+from ..models import NEVER, Attention
+from .any_order import CachedDecoding
 
 
-class BlockCachedDenoising(Denoising):
+class BlockCachedDenoising(CachedDecoding):
     """Masked diffusion decoding with the keys and values of each block's first step.
 
     A step is one forward. Rows that begin a block go first, in a forward of their own; the others wait, and nothing
@@ -30,7 +29,7 @@ class BlockCachedDenoising(Denoising):
 
     def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec):
         super().__init__(model, prompt_ids, prompt_mask, config, seeds, spec)
-        self.cache = BlockCache(len(prompt_ids))
+        self.cache: BlockCache = BlockCache(len(prompt_ids))
 
     def next_rows(self) -> Tensor:
         active = super().next_rows()
@@ -61,13 +60,15 @@ class BlockCachedDenoising(Denoising):
             pattern = Attention(torch.cat([kept, run], dim=1), reach, ids.shape[1] + everything[:, : column.shape[1]])
         self.cache.start(rows, keep=begins)
         place = prompt + position - shift - start[row, 0]
-        layout = Layout(ids.gather(1, column), self.position_ids[rows].gather(1, column), pattern)
-        with dense_attention(unwrap(self.model)):
-            inputs = view_inputs(self.model, layout, dense=True) | {"past_key_values": self.cache, "use_cache": True}
-            out = apply_head(self.model, inputs, row * column.shape[1] + place, reduce, *args)
-        self.num_forwards += 1
-        self.flops += self.count_flops(len(rows), column.shape[1], pattern.level.shape[1], len(row))
-        return out
+        return self._run(
+            ids.gather(1, column),
+            self.position_ids[rows].gather(1, column),
+            pattern,
+            row * column.shape[1] + place,
+            reduce,
+            pattern.level.shape[1],
+            *args,
+        )
 
 
 class BlockCache(Cache):

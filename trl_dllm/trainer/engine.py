@@ -148,7 +148,7 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
         view_seed=trainer._row_seeds(rows, "cpu"),
         mask_token_id=spec.mask_token_id,
         temperature=args.temperature,
-        steps=trainer.sampling.fixed_steps,
+        steps=steps,
     )
     return rollout.to(device)
 

@@ -414,7 +414,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             if name in inputs:
                 inputs[name] = inputs[name][:, draw]
         unmoved = self.model.training and self._generation_round[0][0] == self.state.global_step
-        if unmoved and first and self.args.scores_old:
+        finds_old = unmoved and first and self.args.scores_old
+        if finds_old:
             inputs.pop("old_per_token_logps")  # the old policy is the current one: TRL takes its scores for both
         if self.model.training:
             self._window_step = self.state.global_step
@@ -432,7 +433,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             if record:
                 parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}
                 check_loss(self, value, rollout.prompt_ids, rollout.prompt_mask, parts)
-                if unmoved and first and self.args.scores_old:
+                if finds_old:
                     batch["old_per_token_logps"][:, draw] = scores.logps.detach()
                 if unmoved and self.args.old_logps == "rollout":
                     ran = rollout.counted & ~inputs["skipped"][:, None] if "skipped" in inputs else rollout.counted

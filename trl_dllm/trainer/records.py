@@ -48,10 +48,7 @@ class RecordingTrainer(Trainer):
             self.fingerprint.write(folder)
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Load a checkpoint as `train` does, on every back-end, and take no step.
-
-        `train` takes one more step from a checkpoint that is at `max_steps`.
-        """
+        """Load a checkpoint as `train` does, on every back-end; take no step, and neither log nor save an end."""
         self.callback_handler.callbacks.insert(0, _stop := _StopBeforeTraining())
         try:
             self.train(resume_from_checkpoint=checkpoint)
