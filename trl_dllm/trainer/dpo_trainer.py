@@ -172,6 +172,11 @@ class DiffusionDPOTrainer(DiffusionTrainer, DPOTrainer):
 
     # ----------------------------------------------------------------------------------------------------- the bound
 
+    @property
+    def _fixed_draws(self) -> bool:
+        """Whether a row is masked alike whenever it is met."""
+        return self.args.precompute_ref_log_probs or not self.model.training
+
     def _rollout(self, input_ids: Tensor, attention_mask: Tensor, counted: Tensor) -> Rollout:
         """A batch as a rollout whose canvas is the whole row, (B, S): prompts differ in length within a pair's batch.
 
@@ -181,8 +186,7 @@ class DiffusionDPOTrainer(DiffusionTrainer, DPOTrainer):
         counted[:, 0] = False  # TRL reads no log-prob of it, and where logits are shifted no row predicts it
         columns = torch.arange(input_ids.shape[1], device=input_ids.device)
         content = (hash64(columns, input_ids, counted) * attention_mask).sum(dim=1)
-        fixed = self.args.precompute_ref_log_probs or not self.model.training
-        split, step = (1, 0) if fixed else (0, self.state.global_step)
+        split, step = (1, 0) if self._fixed_draws else (0, self.state.global_step)
         return Rollout(
             prompt_ids=input_ids[:, :0],
             prompt_mask=attention_mask[:, :0].bool(),
