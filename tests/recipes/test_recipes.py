@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from trl_dllm.recipe import base_of, load_recipe, recipe_paths, render_recipe
-from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts import dpo, grpo, sft
 from trl_dllm.scripts.rewards import resolve_rewards
 
 
-SCRIPTS = {"sft": sft, "grpo": grpo}
+SCRIPTS = {"sft": sft, "grpo": grpo, "dpo": dpo}
 NAMES = recipe_paths()
 
 

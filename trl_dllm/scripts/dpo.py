@@ -82,8 +82,7 @@ def load_pairs(args: DiffusionDPOScriptArguments, split: str, num_examples: int,
     """
     chosen = load_split(args, split, num_examples, seed)
     if args.task is None:
-        columns = chosen.column_names or []
-        return chosen.select_columns([name for name in _COLUMNS if name in columns]) if columns else chosen
+        return chosen
     worse = {**(args.task_kwargs or {}), **args.rejected_kwargs}  # type: ignore[dict-item]  # mappings by now
     rejected = load_split(replace(args, task_kwargs=worse), split, num_examples, seed)
     if "completion" not in chosen.column_names:
