@@ -52,15 +52,15 @@ from trl_dllm.trainer.dpo_config import _REFUSED, LOSSES
 def test_config_errors_name_field_and_value(field, value, tmp_path):
     with pytest.raises(ValueError) as error:
         config(tmp_path, **{field: value})
-    message, shown = str(error.value), value[-1] if field == "loss_type" and value else value
-    assert field in message and (repr(shown) in message or f"{shown:g}" in message)
+    shown = value[-1] if isinstance(value, list) and field == "loss_type" and value else value
+    assert field in str(error.value) and repr(shown) in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"estimator": "coupled_elbo", "num_samples": 3}, "num_samples=3 must be even"),
-        ({"loss_type": ["exo_pair"]}, "label_smoothing=0 under loss_type='exo_pair'"),
+        ({"loss_type": ["exo_pair"]}, "label_smoothing=0.0 under loss_type='exo_pair'"),
         ({"loss_type": ["aot"], "f_divergence_type": "forward_kl"}, "f_divergence_type='forward_kl' .*'aot'"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "contradict each other"),
     ],

@@ -109,11 +109,17 @@ class DiffusionDPOConfig(DPOConfig):
         refuse(self, _REFUSED, "diffusion DPO")
         self.build_estimator()
         if self.beta == 0:
-            raise ValueError("beta=0: every loss of a pair would be constant or infinite. Set beta above 0 (VRPO: 0.2).")
+            raise ValueError(
+                f"beta={self.beta!r} must be greater than 0: every loss of a pair would be constant or infinite. VRPO "
+                "has 0.2."
+            )
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing={self.label_smoothing!r} must be in [0, 0.5): a rate of swapped labels.")
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
-            raise ValueError("label_smoothing=0 under loss_type='exo_pair', which takes its logarithm. Set 1e-3.")
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} under loss_type='exo_pair', which takes its logarithm. Set "
+                "1e-3."
+            )
         other = [loss for loss in self.loss_type if loss not in _OF_THE_DIFFERENCE]
         if self.f_divergence_type != "reverse_kl" and other:
             raise ValueError(
