@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from helpers_dpo import config as dpo_config
-from helpers_dpo import pairs
 from helpers_grpo import build, history, lora, losses, text_prompts, tiny, weights
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
@@ -388,8 +387,8 @@ def run_resumed(folder, checkpoint: str, peft: bool = False, steps=(1, 2, 3), **
     return found
 
 
-def run_dpo(folder, checkpoint: str, peft: bool = False, **settings) -> dict:
-    """Preference optimisation on pairs of different lengths: losses, TRL's metrics, final weights."""
+def run_dpo(folder, checkpoint: str, rows: str, peft: bool = False, **settings) -> dict:
+    """Preference optimisation on the pairs in folder `rows`: losses, TRL's metrics, final weights."""
     defaults = {
         "gradient_accumulation_steps": 2,
         "max_steps": 3,
@@ -400,8 +399,8 @@ def run_dpo(folder, checkpoint: str, peft: bool = False, **settings) -> dict:
     trainer = DiffusionDPOTrainer(
         checkpoint,
         args=dpo_config(folder, **{**defaults, **settings}),
-        train_dataset=pairs(4),
-        eval_dataset=pairs(1),
+        train_dataset=load_from_disk(rows),
+        eval_dataset=load_from_disk(rows).select(range(8)),
         peft_config=lora(init_lora_weights=False, lora_alpha=2) if peft else None,
     )
     trainer.train()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers_distributed import BACKENDS, launch, needs, run_dpo, save_tiny
+from helpers_dpo import pairs
 
 
 RUNS = {
@@ -25,6 +26,8 @@ def equal_to_one(tmp_path, checkpoints, backend: str, runs: dict) -> None:
     settings, wrapper = BACKENDS[backend]
     exact = backend in ("ddp", "fsdp2")
     checkpoint = checkpoints["float64" if exact else "float32"]
+    pairs(4).save_to_disk(tmp_path / "rows")
+    runs = {name: {"rows": str(tmp_path / "rows"), **described} for name, described in runs.items()}
     both = launch(tmp_path, checkpoint, {k: {"do": "run_dpo", **v} for k, v in runs.items()}, settings, timeout=240)
     for name, described in runs.items():
         first, second = (result[name] for result in both)

@@ -531,6 +531,13 @@ def test_a_stream_has_no_precomputed_reference(checkpoint, no_weights, tmp_path)
         DiffusionDPOTrainer(checkpoint(), args=args, train_dataset=pairs().to_iterable_dataset())
 
 
+def test_a_reference_that_processes_share_is_on_a_disk(checkpoint, no_weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(DiffusionDPOConfig, "world_size", 2)
+    args = config(tmp_path, precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs=True on 2 processes.*save_to_disk"):
+        DiffusionDPOTrainer(checkpoint(), args=args, train_dataset=pairs())
+
+
 def test_an_autoregressive_model_is_refused_before_its_weights_load(tmp_path, no_weights):
     _, tokenizer = tiny()
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -74,6 +74,12 @@ def check_dpo_data(given: Mapping[str, Any], args: Any) -> None:
                 f"precompute_ref_log_probs=True needs rows that can be read twice, and {name} is a stream. Load it "
                 "without streaming, or set precompute_ref_log_probs=False."
             )
+        if args.precompute_ref_log_probs and args.world_size > 1 and not dataset.cache_files:
+            raise ValueError(
+                f"precompute_ref_log_probs=True on {args.world_size} processes: the first of them writes the numbers "
+                f"beside the files of {name}, and that is in memory alone. Save it with dataset.save_to_disk and load "
+                "it from there, or set precompute_ref_log_probs=False."
+            )
         if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
             _check_answers_are_left(name, dataset, args, given.get("processing_class"))
         _check_batch(name, dataset, args)
