@@ -39,9 +39,9 @@ def perturbed(family="llada", amount=0.05, dtype=torch.float32):
 # ---------------------------------------------------------------------------------------------------------- the loss
 
 
-def bound(model, ids, counted, seed, spec, draws):
-    """The estimate of one row's bound, unpadded, a draw and a token at a time, from full logits."""
-    total = 0.0
+def terms(model, ids, counted, seed, spec, draws):
+    """What each token of a row adds to the estimate of its bound, unpadded, a draw and a token at a time."""
+    found = [torch.zeros((), dtype=model.dtype)] * len(ids)
     for draw in range(draws):
         number = 1 + int(float(uniform(seed, Purpose.VIEW, 0, draw, 0)) * len(counted))
         order = sorted(counted, key=lambda i: float(uniform(seed, Purpose.VIEW, 0, draw, 1, i)))
@@ -51,11 +51,12 @@ def bound(model, ids, counted, seed, spec, draws):
         for i in order[:number]:
             row = logits[i - spec.logits_shift].clone()
             row[spec.mask_token_id] = -math.inf
-            total = total + len(counted) / number / draws * row.log_softmax(dim=0)[ids[i]]
-    return total
+            found[i] = found[i] + len(counted) / number / draws * row.log_softmax(dim=0)[ids[i]]
+    return torch.stack(found)
 
 
-def bounds(model, batch, spec, draws, seed=3, split=0, step=0):
+def all_terms(model, batch, spec, draws, seed=3, split=0):
+    """The terms of each row of a batch, at its step 0."""
     found = []
     for ids, mask, completion in zip(
         batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
@@ -64,9 +65,13 @@ def bounds(model, batch, spec, draws, seed=3, split=0, step=0):
         completion[0] = False
         content = sum(int(hash64(i, token, int(c))) for i, (token, c) in enumerate(zip(ids, completion, strict=True)))
         content = (content + 2**63) % 2**64 - 2**63  # as int64 wraps
-        row_seed = row_seeds(seed, split, step, 0, torch.tensor(content))
-        found.append(bound(model, ids, completion.nonzero().flatten().tolist(), row_seed, spec, draws))
-    return torch.stack(found).chunk(2)
+        row_seed = row_seeds(seed, split, 0, 0, torch.tensor(content))
+        found.append(terms(model, ids, completion.nonzero().flatten().tolist(), row_seed, spec, draws))
+    return found
+
+
+def bounds(model, batch, spec, draws):
+    return torch.stack([row.sum() for row in all_terms(model, batch, spec, draws)]).chunk(2)
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -126,17 +131,21 @@ def test_segments_have_the_loss_and_gradient_of_one_graph(name, tmp_path):
 
 
 def test_tokens_beyond_the_shorter_answer_count_for_ld_alpha(tmp_path):
-    """Of the terms of the bound, which in expectation are a token's share of it."""
-    run = build(tmp_path, num_samples=2, ld_alpha=0.0)
-    batch = batch_of(run, 1)
+    """As much as their own terms of the bound, which in expectation are their share of it."""
+    run = build(tmp_path, num_samples=2, ld_alpha=0.25)
+    batch = batch_of(run, 4)
     run.model.eval()
-    rollout = run._rollout(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-    table = sum(run._score_view(run.model, rollout, batch["attention_mask"], n).logps for n in range(2)).detach()
-    (chosen,), (rejected,) = run.compute_ref_log_probs(run.model, batch)
-    start, shared = len("copy abc:"), len("abc") + 1  # and an EOS
-    assert float(chosen) == pytest.approx(float(table[0, start : start + shared].sum()), rel=1e-5)
-    assert float(rejected) == pytest.approx(float(table[1, start : start + shared].sum()), rel=1e-5)
-    assert float(table[1, start + shared :].abs().sum()) > 0
+    with torch.no_grad():
+        rows = all_terms(run.model, batch, run.spec, 2, split=1)
+    starts, lengths = batch["completion_mask"].argmax(dim=1).tolist(), batch["completion_mask"].sum(dim=1)
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2).tolist()
+    assert any(length > common for length, common in zip(lengths.tolist(), shared, strict=True))
+    expected = [
+        row[: start + common].sum() + 0.25 * row[start + common :].sum()
+        for row, start, common in zip(rows, starts, shared, strict=True)
+    ]
+    found = torch.cat(run.compute_ref_log_probs(run.model, batch))
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("peft", [False, True])
