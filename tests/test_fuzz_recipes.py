@@ -246,9 +246,9 @@ class Case:
         names: of which an error must name one.
     """
 
-    def __init__(self, number: int, folder: Path, model: str):
+    def __init__(self, number: int, folder: Path, model: str, command: str | None = None):
         self.draw = random.Random(f"recipe/{number}")
-        self.command = self.draw.choice(["grpo", "grpo", "sft"])
+        self.command = command or self.draw.choice(["grpo", "grpo", "sft"])
         self.script, base = SCRIPTS[self.command]
         self.names: list[str] = []
         own = {"model_name_or_path": model, "output_dir": str(folder / "out"), "max_steps": 1}
@@ -379,3 +379,18 @@ def test_many_mutated_recipes_are_refused_by_name_or_run_as_they_say(
     number, tmp_path, monkeypatch, capsys, tiny_checkpoint
 ):
     check(Case(number, tmp_path, tiny_checkpoint), tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("number", range(1000, 1020))
+def test_a_mutated_recipe_of_preferences_is_refused_by_name_or_runs_as_it_says(
+    number, tmp_path, monkeypatch, capsys, tiny_checkpoint
+):
+    check(Case(number, tmp_path, tiny_checkpoint, "dpo"), tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1020, 1170))
+def test_many_mutated_recipes_of_preferences_are_refused_by_name_or_run_as_they_say(
+    number, tmp_path, monkeypatch, capsys, tiny_checkpoint
+):
+    check(Case(number, tmp_path, tiny_checkpoint, "dpo"), tmp_path, monkeypatch, capsys)

@@ -25,7 +25,8 @@ def test_answers_of_a_task_are_preferred_to_worse_ones(tmp_path):
 
 
 def test_pairs_of_a_task_are_trained_on(tmp_path, tiny_checkpoint):
-    trainer = dpo.main(*parse(tmp_path, "--rejected_kwargs", '{"answer_noise": 0.9}', model_name_or_path=tiny_checkpoint))
+    argv = ["--rejected_kwargs", '{"answer_noise": 0.9}']
+    trainer = dpo.main(*parse(tmp_path, *argv, model_name_or_path=tiny_checkpoint))
     assert trainer.state.global_step == 2 and trainer.ref_model is not None
     assert (tmp_path / "dpo" / "fingerprint.json").is_file()
 

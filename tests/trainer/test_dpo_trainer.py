@@ -509,7 +509,7 @@ def test_arguments_that_do_not_apply(tmp_path):
         build(tmp_path, peft=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="sync_ref_model=True with an adapter"):
         build(tmp_path, peft=True, sync_ref_model=True)
-    with pytest.raises(ValueError, match="logits_shift=1.*same family"):
+    with pytest.raises(ValueError, match=r"logits_shift=1.*same family"):
         build(tmp_path, ref_model=tiny("dream")[0])
     model, tokenizer = tiny()
     given = {"train_dataset": pairs(), "processing_class": tokenizer}
@@ -536,14 +536,14 @@ def test_data_that_do_not_fit_are_refused_before_weights_load(data, message, che
 
 def test_a_stream_has_no_precomputed_reference(checkpoint, no_weights, tmp_path):
     args = config(tmp_path, precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="precompute_ref_log_probs=True .* train_dataset is a stream"):
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs=True .* train_dataset is a stream"):
         DiffusionDPOTrainer(checkpoint(), args=args, train_dataset=pairs().to_iterable_dataset())
 
 
 def test_a_reference_that_processes_share_is_on_a_disk(checkpoint, no_weights, tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionDPOConfig, "world_size", 2)
     args = config(tmp_path, precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="precompute_ref_log_probs=True on 2 processes.*save_to_disk"):
+    with pytest.raises(ValueError, match=r"precompute_ref_log_probs=True on 2 processes.*save_to_disk"):
         DiffusionDPOTrainer(checkpoint(), args=args, train_dataset=pairs())
 
 

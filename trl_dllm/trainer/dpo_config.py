@@ -73,8 +73,8 @@ class DiffusionDPOConfig(DPOConfig):
     num_samples: int = field(
         default=8,
         metadata={
-            "help": "Masks that are drawn for an answer, each of a masking level of its own (n_t of VRPO): forwards of "
-            "the reference, and twice as many of the policy, whose memory does not grow with them."
+            "help": "Masks that are drawn for an answer, each of a masking level of its own (n_t of VRPO): forwards "
+            "of the reference, and twice as many of the policy, whose memory does not grow with them."
         },
     )
 
@@ -114,7 +114,7 @@ class DiffusionDPOConfig(DPOConfig):
                 "has 0.2."
             )
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing={self.label_smoothing!r} must be in [0, 0.5): a rate of swapped labels.")
+            raise ValueError(f"label_smoothing={self.label_smoothing!r} must be in [0, 0.5), a rate of wrong labels.")
         if "exo_pair" in self.loss_type and self.label_smoothing == 0:
             raise ValueError(
                 f"label_smoothing={self.label_smoothing!r} under loss_type='exo_pair', which takes its logarithm. Set "
@@ -128,8 +128,8 @@ class DiffusionDPOConfig(DPOConfig):
             )
         if self.sync_ref_model and self.precompute_ref_log_probs:
             raise ValueError(
-                "sync_ref_model=True and precompute_ref_log_probs=True contradict each other: what is computed once is "
-                "of a reference that stays. Set one of them to False."
+                "sync_ref_model=True and precompute_ref_log_probs=True contradict each other: what is computed once "
+                "is of a reference that stays. Set one of them to False."
             )
 
     def build_estimator(self) -> Elbo:

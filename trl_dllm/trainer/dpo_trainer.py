@@ -7,8 +7,8 @@ methods are overridden, where it asks a model for log-probs:
 - `_compute_loss`: the policy's, one view at a time, on the reference's draws;
 - `_precompute_ref_logps`: whose file is one of this estimator, these draws and this seed.
 
-TRL's loss does nothing with its `model` but call it. So a function that answers with an estimator's scores is passed as
-the `model`, and no forward is patched.
+TRL's loss does nothing with its `model` but call it. So a function that answers with an estimator's scores is passed
+as the `model`, and no forward is patched.
 """
 
 import inspect
@@ -86,8 +86,8 @@ class DiffusionDPOTrainer(DiffusionTrainer, DPOTrainer):
 
     The masks of a row are a function of (seed, `global_step`, its tokens): the same on any number of processes, in any
     split into micro-batches, and after a resume. In evaluation, and everywhere with `precompute_ref_log_probs`, they
-    are one of (seed, its tokens). The first token of a row is never masked, as TRL does not score it either; it matters
-    where the prompt is empty.
+    are one of (seed, its tokens). The first token of a row is never masked, as TRL does not score it either; it
+    matters where the prompt is empty.
 
     Args:
         args ([`DiffusionDPOConfig`]): a stock `DPOConfig` works too and gets the diffusion defaults.
@@ -143,8 +143,8 @@ class DiffusionDPOTrainer(DiffusionTrainer, DPOTrainer):
             )
         if ref_model is not None and MaskedDiffusionSpec.from_model(ref_model) != self.spec:
             raise ValueError(
-                f"ref_model has {MaskedDiffusionSpec.from_model(ref_model)}, the model {self.spec}: they cannot be run "
-                "on the same masks. Use a reference of the same family and tokenizer."
+                f"ref_model has {MaskedDiffusionSpec.from_model(ref_model)}, the model {self.spec}: they cannot be "
+                "run on the same masks. Use a reference of the same family and tokenizer."
             )
         check_architecture(model, config, args, given.get("peft_config"))
         check_dpo_data(given, args)

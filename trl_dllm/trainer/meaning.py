@@ -29,8 +29,8 @@ def _names(*lines: str) -> frozenset[str]:
 
 MEANING = _names(
     # data and rewards
-    "task task_kwargs num_train_examples puzzle_seed dataset_name dataset_config dataset_train_split",
-    "dataset_streaming dataset_text_field dataset_kwargs rejected_kwargs max_length truncation_mode packing packing_strategy",
+    "task task_kwargs rejected_kwargs num_train_examples puzzle_seed dataset_name dataset_config dataset_train_split",
+    "dataset_streaming dataset_text_field dataset_kwargs max_length truncation_mode packing packing_strategy",
     "padding_free eval_packing completion_only_loss assistant_only_loss chat_template_path chat_template_kwargs",
     "eos_token pad_token remove_unused_columns label_names length_column_name train_sampling_strategy",
     "shuffle_dataset dataloader_drop_last accelerator_config reward_funcs reward_weights",
