@@ -20,6 +20,7 @@ from trl_dllm import DiffusionDPOConfig, DiffusionDPOTrainer
 from trl_dllm.generation.saved import read_decoding, save_decoding
 from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
 from trl_dllm.noise import Purpose, hash64, row_seeds, uniform
+from trl_dllm.scripts.dpo import make_parser
 from trl_dllm.trainer.dpo_config import LOSSES
 
 
@@ -455,6 +456,21 @@ def test_training_improves_the_accuracy_on_preferences_that_were_held_out(tmp_pa
     after, reported = accuracy(run, held_out), run.evaluate()
     assert 0.25 < before < 0.75 and after > 0.9, (before, after)
     assert reported["eval_rewards/accuracies"] > 0.9 and reported["eval_rewards/margins"] > 0.5
+
+
+def test_the_published_recipe_trains_on_a_tiny_model(tmp_path):
+    small = "--max_steps 5 --max_length 64 --gradient_accumulation_steps 1 --learning_rate 1e-3 --warmup_steps 0"
+    here = (
+        f"--output_dir {tmp_path} --save_strategy no --disable_tqdm true --use_cpu true --bf16 false --logging_steps 1"
+    )
+    argv = ["--config", "llada_8b/dpo/vrpo", *small.split(), *here.split()]
+    _, args, _ = make_parser().parse_args_and_config(argv)
+    model, tokenizer = tiny()
+    run = DiffusionDPOTrainer(model, args=args, train_dataset=pairs(), processing_class=tokenizer)
+    run.train()
+    found = losses(run)
+    assert len(found) == 5 and all(map(math.isfinite, found)) and min(losses(run, "grad_norm")) > 1e-6
+    assert found[0] > math.log(2) + 0.05, "the SFT loss is in it"
 
 
 def test_a_stock_config_runs_and_a_wrong_one_is_refused(tmp_path):

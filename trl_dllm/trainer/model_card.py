@@ -148,7 +148,8 @@ def _facts(trainer) -> list[str]:
     facts = [f"{what}: `{name}`{arguments}" + (f", see {paper.link()}" if paper else "")]
     decoding = trainer.known_decoding()
     if decoding:
-        facts.append(f"Decoding in training: {_listed(decoding)}")
+        when = "in training" if trainer.args.known_decoding() else "before this training"
+        facts.append(f"Decoding {when}: {_listed(decoding)}")
     logged = next((entry for entry in reversed(trainer.state.log_history) if "flops" in entry), None)
     if logged is not None:
         facts.append(
@@ -156,7 +157,9 @@ def _facts(trainer) -> list[str]:
             f"{D2.link()}, of sampling and training up to step {logged['step']}"
         )
     elif trainer.state.total_flos:
-        facts.append(f"Floating-point operations: {trainer.state.total_flos:.3g}, 6 a parameter and token")
+        facts.append(
+            f"Floating-point operations: {trainer.state.total_flos:.3g}, 2 a parameter and token of a forward, 4 of a backward"
+        )
     return facts
 
 
