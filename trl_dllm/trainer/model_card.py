@@ -158,7 +158,8 @@ def _facts(trainer) -> list[str]:
         )
     elif trainer.state.total_flos:
         facts.append(
-            f"Floating-point operations: {trainer.state.total_flos:.3g}, 2 a parameter and token of a forward, 4 of a backward"
+            f"Floating-point operations: {trainer.state.total_flos:.3g}, 2 a parameter and token of a forward, 4 of a "
+            "backward"
         )
     return facts
 
