@@ -42,6 +42,7 @@ from trl_dllm.trainer.dpo_config import _REFUSED, LOSSES
         ("precompute_ref_batch_size", 0),
         ("use_weighting", True),
         ("disable_dropout", False),
+        ("neftune_noise_alpha", 5.0),
         ("padding_free", True),
         ("use_liger_kernel", True),
         ("router_aux_loss_coef", 0.1),
@@ -119,6 +120,7 @@ def test_every_field_stands_in_exactly_one_list():
 VALUES: dict[str, Any] = {
     "use_weighting": True,
     "disable_dropout": False,
+    "neftune_noise_alpha": 5.0,
     "padding_free": True,
     "use_liger_kernel": True,
     "router_aux_loss_coef": 0.1,

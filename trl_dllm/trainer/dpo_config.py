@@ -22,6 +22,7 @@ _REFUSED: Refused = {
         "policy and reference, and the two passes of a step, are to be compared on the same draws, and dropout would "
         "add its own; leave it at True",
     ),
+    "neftune_noise_alpha": ((None,), "noise of its own would come between them as dropout would; leave it unset"),
     "padding_free": ((False,), "flattened rows would attend to each other; turn it off"),
     "use_liger_kernel": (
         (False,),
