@@ -48,26 +48,24 @@ class CachedDecoding(Denoising):
         return out
 
 
-class CachedAnyOrderDecoding(CachedDecoding):
-    """The same draws with the exact cache.
+class SlotDecoding(CachedDecoding):
+    """Decoders with an exact cache: what was computed for a column of it never changes.
 
-    Rows keep their cache in slots of their own order of arrival: prompt, then tokens as they were revealed. A step
-    writes its chunk behind a row's last valid slot, new tokens first, then masked positions; only the new tokens stay
-    valid.
+    Rows keep their cache in slots of their own order of arrival: prompt, then what is finished. A step writes its
+    chunk behind a row's last valid slot, finished columns first, then the others; only the finished ones stay valid.
     """
 
     def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec):
         super().__init__(model, prompt_ids, prompt_mask, config, seeds, spec)
         rows, width = prompt_ids.shape
         device = prompt_ids.device
-        # Room for the widest chunk behind the fullest row: one row may bring a whole block of new tokens and a whole
-        # block of masks while another has all but its last token cached.
-        self.slots = width + config.max_new_tokens + 2 * config.block_length
+        # Room for the widest chunk behind the fullest row: one row may bring two blocks while another has all but its
+        # last token cached; and for blocks that prompt and canvas do not fill.
+        self.slots = width + config.max_new_tokens + 4 * config.block_length
         self.cache: SlotCache = SlotCache(self.slots)
         self.level = torch.full((rows, self.slots), NEVER, device=device)  # level of each slot; NEVER: not valid
-        self.used = torch.full((rows,), width, device=device)  # valid slots of each row
+        self.used = torch.full((rows,), width, device=device)  # slots of each row up to its last valid one
         self.cached_rows = torch.arange(rows, device=device)  # which rows the cache holds
-        self.fresh = torch.zeros_like(self.tokens, dtype=torch.bool)  # revealed in the row's last step, not yet cached
 
     def start(self, still_running: Callable[[bool], bool]) -> None:
         prompts = self.prompt_ids.numel() > 0
@@ -85,20 +83,40 @@ class CachedAnyOrderDecoding(CachedDecoding):
         self._run(
             ids=self.prompt_ids[first],
             positions=self.position_ids[first, :width],
-            pattern=Attention.padding(self.prompt_mask[first]),
+            pattern=self.prompt_attention(first),
             head_rows=first.new_zeros(0),
             reduce=lambda logits: logits[:, :1],
             keys=width,
         )
         self.cache.select(group)
-        self.level[:, :width] = torch.zeros_like(self.prompt_ids).masked_fill(~self.prompt_mask, NEVER)
+        self.level[:, :width] = self.prompt_levels()
+
+    def prompt_attention(self, rows: Tensor) -> Attention:
+        """Which columns of the prompts of `rows` each of them attends to."""
+        return Attention.padding(self.prompt_mask[rows])
+
+    def prompt_levels(self) -> Tensor:
+        """Levels of the prompts' columns in the cache, (B, P)."""
+        return torch.zeros_like(self.prompt_ids).masked_fill(~self.prompt_mask, NEVER)
+
+    def keep(self, rows: Tensor) -> None:
+        """Let the other rows, which are finished, leave the cache."""
+        if len(rows) < len(self.cached_rows):
+            self.cache.select(torch.isin(self.cached_rows, rows).nonzero().squeeze(1))
+            self.cached_rows = rows
+
+
+class CachedAnyOrderDecoding(SlotDecoding):
+    """The same draws with the exact cache: a chunk is the tokens revealed last and the block's masked positions."""
+
+    def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec):
+        super().__init__(model, prompt_ids, prompt_mask, config, seeds, spec)
+        self.fresh = torch.zeros_like(self.tokens, dtype=torch.bool)  # revealed in the row's last step, not yet cached
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce, *args: Tensor) -> Tensor:
         """Run the tokens revealed last and the candidates; reduce the candidates' logits."""
         width = self.prompt_ids.shape[1]
-        if len(rows) < len(self.cached_rows):  # finished rows leave the cache
-            self.cache.select(torch.isin(self.cached_rows, rows).nonzero().squeeze(1))
-            self.cached_rows = rows
+        self.keep(rows)
         fresh = self.fresh[rows]
         new_row, new_position = fresh.nonzero(as_tuple=True)
         new_counts, mask_counts = fresh.sum(dim=1), torch.bincount(row, minlength=len(rows))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Blocks
 from ..models import Attention, ForwardFlops, Layout, apply_head, log_probs, restrict, unwrap, view_inputs
 from ..noise import Purpose, uniform
 from ..rollout import Rollout, count_until_eos, widen
@@ -46,6 +47,13 @@ class Denoising:
         self.taken = torch.zeros(rows, dtype=torch.int64, device=device)  # steps taken by the row
         self.taken_in_block = torch.zeros(rows, dtype=torch.int64, device=device)
         self.active = torch.ones(rows, dtype=torch.bool, device=device)
+        blocks = config.blocks(spec)
+        if blocks is None:
+            blocks = Blocks(config.block_length, "canvas")
+        number = blocks.number(prompt_mask, canvas_length)
+        self.column_block = number  # the block of each column of prompt ⊕ canvas, -1 for padding
+        self.first_block = number[:, -canvas_length]
+        self.block_of = number[:, -canvas_length:] - self.first_block[:, None]  # of each position, from 0
         self.schedule = torch.tensor(config.schedule if config.confidence_threshold is None else [1], device=device)
         prompt_length = prompt_mask.sum(dim=1, keepdim=True)
         canvas_position = prompt_length + torch.arange(canvas_length, device=device)
@@ -71,8 +79,7 @@ class Denoising:
         config, active = self.config, self.next_rows()
         if len(active) == 0:
             return self.spare_forward()
-        canvas = torch.arange(config.max_new_tokens, device=active.device)
-        in_block = canvas // config.block_length == self.block[active, None]
+        in_block = self.block_of[active] == self.block[active, None]
         candidates = in_block & (self.unmask_step[active] < 0)
         row, position = candidates.nonzero(as_tuple=True)
         token, logp, value, support = self._draw(active, row, position)
@@ -101,11 +108,11 @@ class Denoising:
     def _next_block(self, active: Tensor) -> None:
         """Move the rows whose block is complete to the next one, or finish them."""
         config = self.config
-        complete = (self.unmask_step[active] >= 0).sum(dim=1) == (self.block[active] + 1) * config.block_length
+        complete = ((self.unmask_step[active] >= 0) | (self.block_of[active] > self.block[active, None])).all(dim=1)
         done = active[complete]
         self.block[done] += 1
         self.taken_in_block[done] = 0
-        finished = self.block[done] * config.block_length == config.max_new_tokens
+        finished = self.block[done] > self.block_of[done, -1]
         if config.stop_at_eos and self.eos:
             # Blocks before this one are complete, so nothing before the EOS is masked.
             eos = torch.tensor(list(self.eos), device=done.device)
@@ -114,19 +121,27 @@ class Denoising:
 
     def attention(self, rows: Tensor) -> Attention:
         """Which columns of prompt ⊕ canvas each row of it attends to."""
-        return Attention.padding(self.valid[rows])
+        valid = self.valid[rows]
+        if self.config.future_blocks == "absent":
+            width = self.prompt_ids.shape[1]
+            valid[:, width:] &= self.block_of[rows] <= self.block[rows, None]
+        return Attention.padding(valid)
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce: Callable, *args: Tensor) -> Tensor:
         """Run `rows` and reduce the logits that predict each (rows[row], position), (n, C)."""
         prompt, tokens, spec = self.prompt_ids[rows], self.tokens[rows], self.spec
         ids, pattern, positions = torch.cat([prompt, tokens], dim=1), self.attention(rows), self.position_ids[rows]
         width = ids.shape[1]
+        if self.config.future_blocks == "absent":  # what no row has yet
+            width = prompt.shape[1] + int((self.block_of[rows] <= self.block[rows, None]).sum(dim=1).max())
+            tokens, ids, positions = tokens[:, : width - prompt.shape[1]], ids[:, :width], positions[:, :width]
+            pattern = pattern.map(lambda part: part[:, :width])
         head_rows = row * width + prompt.shape[1] + position - spec.logits_shift
         if self.config.cfg_scale > 0:
             # The unconditional twin of each row has its prompt masked, as in LLaDA; both are reduced together.
             masked = prompt.masked_fill(self.prompt_mask[rows], spec.mask_token_id)
             ids = torch.cat([ids, torch.cat([masked, tokens], dim=1)])
-            pattern, positions = Attention(pattern.level.repeat(2, 1)), positions.repeat(2, 1)
+            pattern, positions = pattern.map(lambda part: part.repeat(2, 1)), positions.repeat(2, 1)
             head_rows = torch.stack([head_rows, head_rows + len(rows) * width], dim=1)
         inputs = view_inputs(self.model, Layout(ids, positions, pattern))
         self.num_forwards += 1
@@ -181,9 +196,7 @@ class Denoising:
             logps=self.logps,
             counted=count_until_eos(self.tokens, self.unmask_step, self.eos),
             view_seed=self.seeds,
-            mask_token_id=self.spec.mask_token_id,
-            temperature=self.config.temperature,
-            steps=self.config.fixed_steps,
+            **self.config.facts(self.spec),
             num_forwards=self.num_forwards,
             flops=self.flops,
             support=self.support,
