@@ -4,8 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import MASK, PROMPTS, SEEDS, assert_same_rollout, common_eos, forwards_of, sample
-from oracles import block_causal_logits, block_starts, left_pad, sharp_model, slow_decode
+from cases import (
+    PROMPTS,
+    SEEDS,
+    SHIFT,
+    assert_equals_slow_decoder,
+    assert_same_rollout,
+    common_eos,
+    forwards_of,
+    sample,
+)
+from oracles import block_causal_logits, block_starts, left_pad, sharp_model
 
 from trl_dllm.blocks import ALIGNMENTS, Blocks
 from trl_dllm.generation import DiffusionGenerationConfig, generate
@@ -30,21 +39,15 @@ def model_of():
     return get
 
 
-def assert_equals_oracle(model, rollout, prompts=PROMPTS, seeds=SEEDS, size=SIZE, alignment="position", **settings):
-    settings = {"canvas": 12, "remasking": "low_confidence", "mask": MASK, "shift": 0, **settings}
-    for row, prompt in enumerate(prompts):
-        tokens, steps, logps = slow_decode(
-            model,
-            prompt,
-            seed=int(seeds[row]),
-            block_length=size,
-            starts=block_starts(len(prompt), 12, size, alignment),
-            logits_of=block_causal_logits(size, len(prompt), alignment),
-            **settings,
-        )
-        assert rollout.unmask_step[row].tolist() == steps, f"steps of row {row}"
-        assert rollout.completion_ids[row].tolist() == tokens, f"tokens of row {row}"
-        torch.testing.assert_close(rollout.logps[row].double(), torch.tensor(logps).double(), atol=1e-5, rtol=0)
+def assert_equals_oracle(model, rollout, *prompts_and_seeds, size=SIZE, alignment="position", **settings):
+    def of_prompt(prompt):
+        return {
+            "starts": block_starts(len(prompt), 12, size, alignment),
+            "logits_of": block_causal_logits(size, len(prompt), alignment),
+        }
+
+    settings = {"remasking": "low_confidence", "block_length": size, "shift": 0, **settings}
+    assert_equals_slow_decoder(model, rollout, *prompts_and_seeds, of_prompt=of_prompt, **settings)
 
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
@@ -141,13 +144,11 @@ def test_the_exact_cache_is_refused_where_every_position_sees_every_other():
 
 @pytest.mark.parametrize("threshold", [None, 0.1])
 def test_a_growing_canvas_equals_slow_decoder(models, family, threshold):
-    from test_denoising import assert_equals_oracle as assert_denoised
-
     model, settings = models(family), {"remasking": "margin", "temperature": 0.8}
     draws = {"diffusion_steps": 8} if threshold is None else {"confidence_threshold": threshold}
     rollout = sample(model, future_blocks="absent", **draws, **settings)
     schedule = {"schedule": [2, 2, 1, 1]} if threshold is None else {"threshold": threshold}
-    assert_denoised(model, family, rollout, grows=True, **schedule, **settings)
+    assert_equals_slow_decoder(model, rollout, shift=SHIFT[family], grows=True, **schedule, **settings)
     masked = sample(model, **draws, **settings)
     assert not torch.equal(rollout.logps, masked.logps), "later blocks should matter"
     assert rollout.flops < masked.flops

@@ -148,12 +148,14 @@ def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype
 def _block_mask(attention: Attention):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    level, reach = attention.level, attention.reach
-    segment = torch.zeros_like(level) if attention.segment is None else attention.segment
+    level, reach, segment = attention.level, attention.reach, attention.segment
     rows, size = level.shape
 
     def rule(batch, head, q, k):
+        return (level[batch, k] <= reach[batch, q]) | (q == k)
+
+    def rule_with_segments(batch, head, q, k):
         of_row = (segment[batch, k] == 0) | (segment[batch, k] == segment[batch, q])
         return (level[batch, k] <= reach[batch, q]) & of_row | (q == k)
 
-    return create_block_mask(rule, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=level.device)
+    return create_block_mask(rule if segment is None else rule_with_segments, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=level.device)

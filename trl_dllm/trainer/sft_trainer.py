@@ -64,8 +64,8 @@ class AnswerCollator(DataCollatorForLanguageModeling):
 
     A row's answer is what its `labels` name, one stretch at its end. It is given an EOS if it has none, and EOS up to
     `canvas_length` tokens or, where it is longer, to a multiple of `block_length`; for a block-causal model then to
-    the end of its last block. An answer that `max_length` cut off is left as it is: an EOS would teach the model to stop
-    there.
+    the end of its last block. An answer that `max_length` cut off is left as it is: an EOS would teach the model to
+    stop there.
 
     Raises:
         ValueError: labels with a gap behind the first answer token.
