@@ -158,4 +158,6 @@ def _block_mask(attention: Attention):
         of_row = (segment[batch, k] == 0) | (segment[batch, k] == segment[batch, q])
         return (level[batch, k] <= reach[batch, q]) & of_row | (q == k)
 
-    return create_block_mask(rule if segment is None else rule_with_segments, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=level.device)
+    return create_block_mask(
+        rule if segment is None else rule_with_segments, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=level.device
+    )

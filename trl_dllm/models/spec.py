@@ -18,6 +18,9 @@ _TRANSFORMED_LOGITS = {
     "output_multiplier": 1.0,
 }
 
+# What a config says of it, under the same names.
+FACTS = ("mask_token_id", "logits_shift", "block_size", "block_alignment")
+
 
 @dataclass(frozen=True)
 class MaskedDiffusionSpec:
@@ -105,7 +108,7 @@ class MaskedDiffusionSpec:
                     f"{name}={getattr(text_config, name)} is not supported: this architecture transforms its logits "
                     "behind the head, which the tiled head would not follow."
                 )
-        facts = {name: getattr(text_config, name, None) for name in ("logits_shift", "block_size", "block_alignment")}
+        facts = {name: getattr(text_config, name, None) for name in FACTS[1:]}
         return cls(mask_token_id, **{name: value for name, value in facts.items() if value is not None})
 
     def write_to(self, model: nn.Module) -> None:
