@@ -2,7 +2,11 @@
 
 In each step the model sees the prompt and the whole canvas, a token is drawn for every masked position of the row's
 current block, and some of them are kept. Rows do not wait for each other: each has its own block and step, so what a
-row draws does not depend on the batch that it is in, and a finished row leaves the batch.
+row draws does not depend on the batch that it is in; a finished row leaves the batch, and a waiting one takes its place.
+
+How many positions of a row are masked is known on the host (`left`), so that a step does not wait for the device. One
+small table is read back in a step where what was drawn decides: under a confidence threshold how many tokens are kept,
+under `stop_at_eos` whether a complete block holds an EOS. A truncated draw also asks how many tokens it is among.
 """
 
 from collections.abc import Callable
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 from ..models import Attention, ForwardFlops, Layout, apply_head, log_probs, restrict, unwrap, view_inputs
 from ..noise import Purpose, uniform
 from ..rollout import Rollout, count_until_eos, widen
-from .order import choose, draw_tokens, measure, named, truncate
+from .order import OF_PROBABILITIES, choose, draw_tokens, measure, named, truncate, which
 
 
 def default_eos(model: nn.Module) -> tuple[int, ...]:
@@ -25,9 +29,9 @@ def default_eos(model: nn.Module) -> tuple[int, ...]:
 
 
 class Denoising:
-    """The canvas of a batch while it is decoded."""
+    """The canvases of a call while they are decoded, at most `limit` of them at a time; None takes all."""
 
-    def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec):
+    def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec, limit: int | None = None):
         self.model, self.config, self.spec, self.seeds = model, config, spec, seeds
         self.prompt_ids, self.prompt_mask = prompt_ids, prompt_mask
         self.eos = config.eos_token_ids if config.eos_token_ids is not None else default_eos(model)
@@ -44,9 +48,18 @@ class Denoising:
         )
         self.block = torch.zeros(rows, dtype=torch.int64, device=device)  # the row's current block
         self.taken = torch.zeros(rows, dtype=torch.int64, device=device)  # steps taken by the row
-        self.taken_in_block = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.active = torch.ones(rows, dtype=torch.bool, device=device)
-        self.schedule = torch.tensor(config.schedule if config.confidence_threshold is None else [1], device=device)
+        # Tokens that a step reveals by the schedule, by the positions of the block that are masked before it.
+        masked, self.reveals = config.block_length, [0] * (config.block_length + 1)
+        for count in config.schedule if config.confidence_threshold is None else ():
+            self.reveals[masked] = count
+            masked -= count
+        self._reveals = torch.tensor(self.reveals, device=device)
+        self._eos = torch.tensor(list(self.eos), dtype=torch.int64, device=device)
+        # On the host: who is decoded and who waits for it, each row's masked positions, and what it revealed last.
+        self.limit, self.active, self.waiting = limit or rows, list[int](), list(reversed(range(rows)))
+        self.left, self.last = [canvas_length] * rows, [0] * rows
+        self.running: list[int] = []  # rows of the step's forward
+        self._on_device: tuple[list[int], Tensor] = ([], self.block[:0])
         prompt_length = prompt_mask.sum(dim=1, keepdim=True)
         canvas_position = prompt_length + torch.arange(canvas_length, device=device)
         self.position_ids = torch.cat([(prompt_mask.long().cumsum(1) - 1).clamp(min=0), canvas_position], dim=1)
@@ -66,51 +79,75 @@ class Denoising:
         self.flops += self.count_flops(1, ids.shape[1], ids.shape[1], 0)
         apply_head(self.model, inputs, ids.new_zeros(0), lambda logits: logits[:, :1])
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a row that is decoded or waits for it."""
+        return bool(self.active or self.waiting)
+
+    def admit(self) -> None:
+        """Let waiting rows take the places of those that have finished."""
+        while self.waiting and len(self.active) < self.limit:
+            self.active.append(self.waiting.pop())
+
+    def next_rows(self) -> list[int]:
+        """The rows of the next forward: those that are decoded."""
+        return self.active
+
     def step(self) -> None:
-        """One forward of the rows that are still decoding, and the tokens that it reveals."""
-        config, active = self.config, self.next_rows()
-        if len(active) == 0:
+        """One forward of rows that are still decoding, and the tokens that it reveals."""
+        self.admit()
+        self.running = list(self.next_rows())
+        if not self.running:
             return self.spare_forward()
-        canvas = torch.arange(config.max_new_tokens, device=active.device)
-        in_block = canvas // config.block_length == self.block[active, None]
-        candidates = in_block & (self.unmask_step[active] < 0)
-        row, position = candidates.nonzero(as_tuple=True)
+        config, active = self.config, self.on_device(self.running)
+        columns = self.block[active, None] * config.block_length + self._arange(config.block_length)
+        candidates = self.unmask_step[active[:, None], columns] < 0  # (rows, block)
+        masked = [self.masked_in_block(row) for row in self.running]
+        flat = which(candidates.flatten(), sum(masked))
+        row, place = flat // config.block_length, flat % config.block_length
+        position = columns[row, place]
         token, logp, value, support = self._draw(active, row, position)
 
-        measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put(
-            (row, position), value
-        )
-        count = self.schedule[self.taken_in_block[active].clamp(max=len(self.schedule) - 1)]
-        kept = choose(measures, candidates, count, config.confidence_threshold)[row, position]
-        row, position = active[row[kept]], position[kept]
-        self.tokens[row, position] = token[kept]
-        self.logps[row, position] = logp[kept]
+        measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put((row, place), value)
+        kept = choose(measures, candidates, self._reveals[candidates.sum(dim=1)], config.confidence_threshold)
+        counts, ended = [self.reveals[count] for count in masked], [False] * len(masked)
+        stops = bool(config.stop_at_eos and self.eos)
+        if config.confidence_threshold is not None or (stops and any(map(int.__eq__, counts, masked))):
+            tokens = self.tokens[active[:, None], columns].index_put((row, place), token)
+            eos = (tokens[..., None] == self._eos).any(dim=-1) & (kept | ~candidates)
+            counts, ended = torch.stack([kept.sum(dim=1), eos.any(dim=1)]).tolist()
+        chosen = which(kept[row, place], sum(counts))
+        row, position = active[row[chosen]], position[chosen]
+        self.tokens[row, position] = token[chosen]
+        self.logps[row, position] = logp[chosen]
         self.unmask_step[row, position] = self.taken[row]
         if self.support is not None and support is not None:
-            self.support, support = widen([self.support, support[kept]])
+            self.support, support = widen([self.support, support[chosen]])
             self.support[row, position] = support
         self.on_reveal(row, position)
         self.taken[active] += 1
-        self.taken_in_block[active] += 1
-        self._next_block(active)
+        self.block[active] = (self.unmask_step[active] >= 0).sum(dim=1) // config.block_length
+        for number, count, end in zip(self.running, counts, ended, strict=True):
+            self.left[number] -= count
+            self.last[number] = count
+            # Earlier blocks hold no EOS, or the row would have stopped behind them.
+            if self.left[number] % config.block_length == 0 and (self.left[number] == 0 or (stops and end)):
+                self.active.remove(number)
 
-    def next_rows(self) -> Tensor:
-        """The rows of the next forward, int64 (n,): those that are still decoding."""
-        return self.active.nonzero().squeeze(1)
+    def masked_in_block(self, row: int) -> int:
+        """Masked positions of a row's current block."""
+        return (self.left[row] - 1) % self.config.block_length + 1
 
-    def _next_block(self, active: Tensor) -> None:
-        """Move the rows whose block is complete to the next one, or finish them."""
-        config = self.config
-        complete = (self.unmask_step[active] >= 0).sum(dim=1) == (self.block[active] + 1) * config.block_length
-        done = active[complete]
-        self.block[done] += 1
-        self.taken_in_block[done] = 0
-        finished = self.block[done] * config.block_length == config.max_new_tokens
-        if config.stop_at_eos and self.eos:
-            # Blocks before this one are complete, so nothing before the EOS is masked.
-            eos = torch.tensor(list(self.eos), device=done.device)
-            finished |= (torch.isin(self.tokens[done], eos) & (self.unmask_step[done] >= 0)).any(dim=1)
-        self.active[done[finished]] = False
+    def on_device(self, rows: list[int]) -> Tensor:
+        """Row numbers on the device, int64 (n,), copied when they change and without waiting for it."""
+        if rows != self._on_device[0]:
+            device = self.tokens.device
+            index = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=device.type == "cuda")
+            self._on_device = (list(rows), index)
+        return self._on_device[1]
+
+    def _arange(self, size: int) -> Tensor:
+        return torch.arange(size, device=self.tokens.device)
 
     def attention(self, rows: Tensor) -> Attention:
         """Which columns of prompt ⊕ canvas each row of it attends to."""
@@ -144,21 +181,26 @@ class Denoising:
         config, mask_token_id = self.config, self.spec.mask_token_id
         seed, step = self.seeds[rows[row]], self.taken[rows[row]]
         supports: list[Tensor] = []  # of the head's tiles, in their order
-        draws = [uniform(seed, purpose, step, position) for purpose in (Purpose.TOKEN, Purpose.ORDER)]
+        wanted = {Purpose.TOKEN: config.temperature > 0, Purpose.ORDER: config.remasking == "random"}
+        draws = [
+            uniform(seed, purpose, step, position) if used else torch.zeros_like(seed, dtype=torch.float64)
+            for purpose, used in wanted.items()
+        ]
 
         def reduce(logits: Tensor, draw: Tensor) -> Tensor:
             if config.cfg_scale > 0:
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 logits = logits[:, 1] + (config.cfg_scale + 1) * (logits[:, 0] - logits[:, 1])
-            plain = log_probs(logits, mask_token_id)
-            tempered = log_probs(logits, mask_token_id, config.temperature)
+            plain = tempered = log_probs(logits, mask_token_id, config.temperature)
+            if config.temperature not in (0, 1) and config.remasking in OF_PROBABILITIES:
+                plain = log_probs(logits, mask_token_id)
             if self.support is not None:
                 supports.append(named(truncate(tempered, config.top_k, config.top_p, config.min_p)))
                 among = restrict(tempered, supports[-1])
                 choice = draw_tokens(among, draw[:, 0])[:, None]
                 token, logp = (x.gather(1, choice).squeeze(1) for x in (supports[-1].long(), among))
             else:
-                token = plain.argmax(dim=-1) if config.temperature == 0 else draw_tokens(tempered, draw[:, 0])
+                token = tempered.argmax(dim=-1) if config.temperature == 0 else draw_tokens(tempered, draw[:, 0])
                 logp = tempered.gather(1, token[:, None]).squeeze(1)
             # float64 holds token ids and float32 log-probs exactly.
             return torch.stack(

@@ -163,8 +163,8 @@ def log_probs(logits: Tensor, mask_token_id: int, temperature: float = 1.0) -> T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         logits = logits / temperature
-    excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
-    return logits.masked_fill(excluded, torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
+    mask = torch.full((1,), mask_token_id, device=logits.device)
+    return logits.index_fill(-1, mask, torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
 
 
 def restrict(log_p: Tensor, support: Tensor) -> Tensor:
