@@ -2,7 +2,7 @@
 
 In each step the model sees the prompt and the whole canvas, a token is drawn for every masked position of the row's
 current block, and some of them are kept. Rows do not wait for each other: each has its own block and step, so what a
-row draws does not depend on the batch that it is in; a finished row leaves the batch, and a waiting one takes its place.
+row draws does not depend on the batch that it is in; a finished row leaves it, and a waiting one takes its place.
 
 How many positions of a row are masked is known on the host (`left`), so that a step does not wait for the device. One
 small table is read back in a step where what was drawn decides: under a confidence threshold how many tokens are kept,
