@@ -31,59 +31,63 @@ class BlockCausalDenoising(Denoising):
 class CachedBlockCausalDenoising(SlotDecoding):
     """The same draws with the exact cache: a chunk is the block finished last and the current one."""
 
-    def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec):
-        super().__init__(model, prompt_ids, prompt_mask, config, seeds, spec)
-        length = prompt_mask.sum(dim=1)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        length, width = self.prompt_mask.sum(dim=1), self.prompt_ids.shape[1]
         # The column, of prompt ⊕ canvas with its padding, at which block 0 begins or would.
-        self.origin = prompt_ids.shape[1] - length - spec.blocks.offset(length)
-        self.fresh = torch.zeros_like(self.active)  # rows whose block before the current one is not cached yet
+        self.origin = width - length - self.spec.blocks.offset(length)
+        self.fresh: set[int] = set()  # rows whose block before the current one is not cached yet
+        self.filled = [width] * len(self.left)  # `used`, on the host
 
     def prompt_attention(self, rows: Tensor) -> Attention:
         return block_attention(self.column_block[rows, : self.prompt_ids.shape[1]])
 
-    def prompt_levels(self) -> Tensor:
-        block = self.column_block[:, : self.prompt_ids.shape[1]]
-        whole = (block >= 0) & (block < self.first_block[:, None])
+    def prompt_levels(self, rows: Tensor) -> Tensor:
+        block = self.column_block[rows, : self.prompt_ids.shape[1]]
+        whole = (block >= 0) & (block < self.first_block[rows, None])
         return block.masked_fill(~whole, NEVER)
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce: Callable, *args: Tensor) -> Tensor:
         """Run the rows' current blocks, and those finished last; reduce the logits of each (rows[row], position)."""
-        self.keep(rows)
-        size, fresh = self.config.block_length, self.fresh[rows]
-        before = size * bool(fresh.any())  # columns of a chunk in front of the current block
+        size, fresh = self.config.block_length, [number in self.fresh for number in self.running]
+        before = size * any(fresh)  # columns of a chunk in front of the current block
         current = self.first_block[rows] + self.block[rows]
         start = self.origin[rows] + current * size - before
-        column = start[:, None] + torch.arange(before + size, device=rows.device)
+        column = start[:, None] + self._arange(before + size)
         block = self.column_block[rows]
         inside = (column >= 0) & (column < block.shape[1])
         column = column.clamp(0, block.shape[1] - 1)
-        block = block.gather(1, column)
-        wanted = (block == current[:, None]) | ((block == current[:, None] - 1) & fresh[:, None])
-        pattern = block_attention(block.masked_fill(~(inside & wanted), -1))
+        block = block.gather(1, column).masked_fill(~inside, -1)
+        finished = self.on_device([place for place, new in enumerate(fresh) if new])
+        oldest = current.index_add(0, finished, torch.ones_like(finished), alpha=-1)
+        pattern = block_attention(block.masked_fill((block < oldest[:, None]) | (block > current[:, None]), -1))
 
         used = self.used[rows]
-        own = used[:, None] + torch.arange(before + size, device=rows.device)
-        keys = int(used.max()) + before + size
-        levels = self.level[rows, :keys].scatter(1, own, pattern.level)
-        self.cache.start(used)
+        own = used[:, None] + self._arange(before + size)
+        fullest = max(self.filled[number] for number in self.running)
+        levels = self.level[rows, : fullest + before + size].scatter(1, own, pattern.level)
+        self.cache.start(used, fullest)
         out = self._run(
             torch.cat([self.prompt_ids[rows], self.tokens[rows]], dim=1).gather(1, column),
             self.position_ids[rows].gather(1, column),
             Attention(levels, pattern.reach, own),
             row * (before + size) + self.prompt_ids.shape[1] + position - start[row],
             reduce,
-            keys,
+            fullest + before + size,
             *args,
         )
-        # Only the finished block stays: what lies behind it is overwritten by the next chunk.
-        if before:
-            done = rows[fresh]
-            self.level[done[:, None], own[fresh, :size]] = pattern.level[fresh, :size]
-            self.used[done] += size
-            self.fresh[rows] = False
+        # Only finished blocks stay: what lies behind them is overwritten by the next chunk.
+        done = rows[finished]
+        self.level[done[:, None], own[finished, :before]] = pattern.level[finished, :before]
+        self.used[done] += size
+        for number in self.fresh.intersection(self.running):
+            self.filled[number] += size
+        self.fresh.difference_update(self.running)
         return out
 
-    def _next_block(self, active: Tensor) -> None:
-        before = self.block.clone()
-        super()._next_block(active)
-        self.fresh |= self.block > before
+    def step(self) -> None:
+        left = list(self.left)
+        starts = {number: self.block_bounds(number)[0] for number in self.active}
+        super().step()
+        if self.left != left:  # a step, not a pass of prompts
+            self.fresh |= {number for number in self.active if self.block_bounds(number)[0] > starts.get(number, 0)}

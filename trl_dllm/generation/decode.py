@@ -54,7 +54,8 @@ def generate(
         seeds (`Tensor` of shape (B,), int64, *optional*): one seed a row, also kept as `view_seed`; None hashes the
             row numbers, so two calls draw the same.
         spec (`MaskedDiffusionSpec`, *optional*): read from the model's config if not given.
-        batch_size (`int`, *optional*): rows decoded at a time; None takes all.
+        batch_size (`int`, *optional*): rows decoded at a time; None takes all. As rows finish, the next take their
+            places.
         still_running (`Callable`): asked before each step, and before the prompts go into a cache, whether any process
             has work left; sharded models need a forward from every process, and one that is done runs a spare row.
 
@@ -87,16 +88,11 @@ def generate(
             f"logits_shift={spec.logits_shift}: this family predicts a position at the row before it, so every row "
             "needs a prompt of at least one token (a BOS token will do)."
         )
-    batch_size = batch_size or max(rows, 1)
-    parts = []
-    for start in range(0, max(rows, 1), batch_size):
-        part = slice(start, start + batch_size)
-        state = decoder(model, prompt_ids[part], prompt_mask[part], config, seeds[part], spec)
-        state.start(still_running)
-        while still_running(bool(state.active.any())):
-            state.step()
-        parts.append(state.rollout())
-    rollout = Rollout.cat(parts)
+    state = decoder(model, prompt_ids, prompt_mask, config, seeds, spec, batch_size)
+    state.start(still_running)
+    while still_running(state.unfinished):
+        state.step()
+    rollout = state.rollout()
     broken = (~rollout.logps.isfinite()).any(dim=1).nonzero().squeeze(1).tolist()
     if broken:
         raise LogitsNotFinite(broken)

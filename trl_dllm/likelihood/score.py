@@ -126,7 +126,7 @@ def score_view(
         row_args.append(support.flatten(0, 1)[place])
     if hidden is not None:
         row_args.append(hidden)
-    scores = apply_head(model, inputs, rows_scored, statistics, *row_args)
+    scores = apply_head(model, inputs, rows_scored, statistics, *row_args, keep=reference is None)
     scores = scores * view.weight.flatten()[chosen, None].to(scores.dtype)
     # index_put with accumulation, so that a position scored at several rows of a view is summed.
     table = scores.new_zeros(rows * canvas_length, scores.shape[1])
