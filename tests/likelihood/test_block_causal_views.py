@@ -1,4 +1,4 @@
-"""Likelihoods of block-causal models and of growing canvases, against one block at a time (docs/methods.md §2.8)."""
+"""Likelihoods of block-causal models and growing canvases, a block at a time (docs/methods.md §2.8, identity 12)."""
 
 from dataclasses import replace
 
@@ -63,7 +63,7 @@ def steps_in_block(rollout, row):
 
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("settings", [{}, {"diffusion_steps": 3}, {"tokens_per_step": 1, "diffusion_steps": None}])
-def test_the_exact_likelihood_is_the_samplers_in_a_blocks_steps(model_of, alignment, settings):
+def test_identity_12_the_exact_likelihood_is_the_samplers_in_a_blocks_steps(model_of, alignment, settings):
     """Identity 12: rows differ in P mod 4, and the forwards are as many as a block takes steps."""
     model = model_of(alignment)
     rollout = drawn(model, **settings)
