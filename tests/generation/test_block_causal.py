@@ -54,9 +54,7 @@ def assert_equals_oracle(model, rollout, *prompts_and_seeds, size=SIZE, alignmen
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("steps, schedule", [(3, [4]), (6, [2, 2]), (9, [2, 1, 1]), (12, [1] * 4)])
-def test_identity_12_cached_and_uncached_decoding_equal_slow_decoder(
-    model_of, cache, alignment, steps, schedule
-):
+def test_identity_12_cached_and_uncached_decoding_equal_slow_decoder(model_of, cache, alignment, steps, schedule):
     """Rows whose prompt lengths leave 3, 3, 1 and 1 over the blocks of four; blocks cut by them take fewer steps."""
     model = model_of(alignment)
     rollout = sample(model, cache=cache, diffusion_steps=steps, **BLOCK)

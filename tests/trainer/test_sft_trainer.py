@@ -100,9 +100,17 @@ def oracle(model, batch, seeds, spec, eps, loss_weight):
                 masked.append(i)
                 noised[i] = spec.mask_token_id
         assert masked
-        logits = model(noised[None]).logits[0]
         weight = (1 - (1 - t) ** len(answer)) / t if loss_weight == "1/t" else 1.0
         for i in masked:
+            if spec.blocks is None:
+                logits = model(noised[None]).logits[0]
+            else:  # the token's block in the noised row, behind clean ones, by a mask of all pairs
+                size, prompt = spec.block_size, answer[0]
+                start = prompt if spec.block_alignment == "canvas" else 0
+                block = [(p - start) // size for p in range(length)]
+                shown = torch.tensor([int(noised[p] if block[p] == block[i] else ids[p]) for p in range(length)])
+                allowed = torch.tensor([[[[k <= q for k in block] for q in block]]])
+                logits = model(shown[None], attention_mask=allowed).logits[0]
             row = logits[i - spec.logits_shift].clone()
             row[spec.mask_token_id] = -math.inf
             total = total - weight / len(answer) * row.log_softmax(dim=0)[ids[i]]
@@ -110,10 +118,13 @@ def oracle(model, batch, seeds, spec, eps, loss_weight):
 
 
 @pytest.mark.parametrize("loss_weight", ["1/t", "none"])
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar position", "sdar canvas"])
 def test_loss_and_gradient_equal_a_slow_oracle(family, loss_weight, tmp_path):
+    family, *alignment = family.split()
     model, _ = tiny(family)
     model = model.double()
+    if alignment:
+        model.config.block_alignment = alignment[0]
     run = trainer(tmp_path, model, loss_weight=loss_weight, mask_eps=0.2, canvas_length=6)
     batch = run.data_collator(list(run.train_dataset))
     assert len({int(n) for n in batch["attention_mask"].sum(dim=1)}) > 3
