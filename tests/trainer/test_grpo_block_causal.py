@@ -22,7 +22,7 @@ def sdar():
         {"estimator": "exact_trajectory"},
         {"estimator": "step_merge", "num_segments": 2, "stop_at_eos": True},
         {"estimator": "mean_field", "p_mask_prompt": 0.3},
-        {"estimator": "pkl_u", "estimator_kwargs": {"block_size": 3, "num_views": 2}, "redraw_views": False},
+        {"estimator": "pkl_u", "estimator_kwargs": {"block_size": 3, "num_views": "partition"}, "redraw_views": False},
         {"estimator": "elbo", "redraw_views": False},
     ],
     ids=lambda kwargs: kwargs["estimator"],
@@ -66,7 +66,9 @@ def test_cached_and_uncached_sampling_train_the_same_model(tmp_path, alignment):
     for cache in ("exact", None):
         model, tokenizer = sdar()
         model.config.block_alignment = alignment
-X        trainer.train()
+        settings = {**SETTINGS, "cache": cache, "estimator": "exact_trajectory"}
+        trainer = build(tmp_path, model=model, tokenizer=tokenizer, **settings)
+        trainer.train()
         assert trainer.sampling.facts(trainer.spec)["blocks"] == Blocks(4, alignment)
         runs.append(trainer)
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-5)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from trl_dllm import DiffusionSFTConfig, DiffusionSFTTrainer
+from trl_dllm.blocks import Blocks
 from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
 from trl_dllm.noise import Purpose, hash64, row_seeds, uniform
 from trl_dllm.trainer import sft_trainer
@@ -240,6 +241,23 @@ def test_answers_are_filled_with_eos_which_is_a_target(canvas, block, answer, ex
     assert batch["input_ids"][0, :used].tolist() == [9] * 3 + expected
     assert batch["labels"][0].tolist() == [-100] * 3 + expected + [-100] * (batch["labels"].shape[1] - used)
     assert batch["attention_mask"][0].tolist() == [1] * used + [0] * (batch["labels"].shape[1] - used)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "canvas", "answer", "filled"),
+    [
+        ("position", None, [5, EOS], 5),  # behind three prompt tokens, up to position 8
+        ("position", None, [5, 6, 7, 8, EOS], 5),
+        ("position", 6, [5, EOS], 9),
+        ("canvas", None, [5, EOS], 4),
+        ("canvas", 6, [5, EOS], 8),
+    ],
+)
+def test_answers_of_a_block_causal_model_are_filled_to_the_end_of_a_block(alignment, canvas, answer, filled):
+    """What is decoded is whole blocks, so that masks behind an EOS are seen in training too."""
+    collator = AnswerCollator(pad_token_id=0, eos_token_id=EOS, canvas_length=canvas, blocks=Blocks(4, alignment))
+    batch = collator([{"input_ids": [9] * 3 + answer, "labels": [-100] * 3 + answer}])
+    assert batch["labels"][0].tolist() == [-100] * 3 + answer + [EOS] * (filled - len(answer))
 
 
 def test_an_answer_cut_by_max_length_gets_no_eos(tmp_path):
