@@ -40,6 +40,7 @@ def generate(
     spec: MaskedDiffusionSpec | None = None,
     batch_size: int | None = None,
     still_running: Callable[[bool], bool] = bool,
+    stop: Callable[[list[int]], bool] | None = None,
 ) -> Rollout:
     """Draw one completion a row.
 
@@ -58,6 +59,8 @@ def generate(
             places.
         still_running (`Callable`): asked before each step, and before the prompts go into a cache, whether any process
             has work left; sharded models need a forward from every process, and one that is done runs a spare row.
+        stop (`Callable`, *optional*): asked with the tokens of a row's complete blocks whenever one more of them is
+            complete; where it says True the row is finished, as by an EOS.
 
     Returns:
         `Rollout` of B rows. Costs `diffusion_steps` forwards of P + L tokens a row, fewer with early stop or a
@@ -89,6 +92,7 @@ def generate(
             "needs a prompt of at least one token (a BOS token will do)."
         )
     state = decoder(model, prompt_ids, prompt_mask, config, seeds, spec, batch_size)
+    state.stop = stop
     state.start(still_running)
     while still_running(state.unfinished):
         state.step()

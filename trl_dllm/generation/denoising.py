@@ -35,6 +35,7 @@ class Denoising:
     def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec, limit: int | None = None):
         self.model, self.config, self.spec, self.seeds = model, config, spec, seeds
         self.prompt_ids, self.prompt_mask = prompt_ids, prompt_mask
+        self.stop: Callable[[list[int]], bool] | None = None  # whether a row's finished blocks end its completion
         self.eos = config.eos_token_ids if config.eos_token_ids is not None else default_eos(model)
         rows, canvas_length, device = prompt_ids.shape[0], config.max_new_tokens, prompt_ids.device
         self.tokens = torch.full((rows, canvas_length), spec.mask_token_id, dtype=torch.int64, device=device)
@@ -125,8 +126,8 @@ class Denoising:
         token, logp, value, support = self._draw(active, row, position)
 
         measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put((row, place), value)
-        count = self._reveals[inside.sum(dim=1), candidates.sum(dim=1)]
-        kept = choose(measures, candidates, count, config.confidence_threshold)
+        reveals = self._reveals[inside.sum(dim=1), candidates.sum(dim=1)]
+        kept = choose(measures, candidates, reveals, config.confidence_threshold)
         counts = [self.reveals[self.block_bounds(row)[1]][n] for row, n in zip(self.running, masked, strict=True)]
         ended = [False] * len(masked)
         stops = bool(config.stop_at_eos and self.eos)
@@ -150,8 +151,12 @@ class Denoising:
             self.left[number] -= count
             self.last[number] = count
             # Earlier blocks hold no EOS, or the row would have stopped behind them.
-            if before == count and (self.left[number] == 0 or (stops and end)):
+            if before == count and (self.left[number] == 0 or (stops and end) or self._stops(number)):
                 self.active.remove(number)
+
+    def _stops(self, row: int) -> bool:
+        """Whether `stop` finds the end in a row whose current block is complete."""
+        return self.stop is not None and self.stop(self.tokens[row, : len(self.tokens[row]) - self.left[row]].tolist())
 
     def block_bounds(self, row: int) -> tuple[int, int]:
         """First position of a row's current block, and its number of positions."""
