@@ -572,6 +572,13 @@ def test_an_autoregressive_model_is_refused_before_its_weights_load(tmp_path, no
         DiffusionDPOTrainer(str(tmp_path), args=config(tmp_path / "out"), train_dataset=pairs())
 
 
+def test_a_block_causal_model_is_refused_before_its_weights_load(checkpoint, no_weights, tmp_path):
+    model_config = tiny("sdar")[0].config
+    model_config.architectures = ["SDARForCausalLM"]
+    with pytest.raises(ValueError, match=r"DPO does not apply to a block-causal model.*block_size="):
+        DiffusionDPOTrainer(checkpoint(model_config), args=config(tmp_path), train_dataset=pairs())
+
+
 def test_a_bound_that_is_not_finite_ends_the_run(tmp_path):
     run = build(tmp_path, max_steps=2)
     score = run._score_view

@@ -133,7 +133,7 @@ class DiffusionDPOTrainer(DiffusionTrainer, DPOTrainer):
         if given.get("processing_class") is None:
             given["processing_class"] = read_tokenizer(model, args)
         self.spec = MaskedDiffusionSpec.from_config(config, given["processing_class"])
-        check_full_attention("DPO", self.spec.block_size)
+        check_full_attention("DPO", self.spec.block_size, "Use a family with full attention (LLaDA, Dream, …)")
         refuse_sharded_integers(config, args, given.get("quantization_config"))
         adapted = given.get("peft_config") is not None or hasattr(model, "peft_config")
         if args.sync_ref_model and adapted:
