@@ -420,6 +420,16 @@ def test_metrics_are_trls_but_for_those_of_a_next_token(tmp_path):
     assert not logged.keys() & {"logits/chosen", "logits/rejected", "mean_token_accuracy"}
 
 
+@pytest.mark.parametrize(("draws", "precomputed", "times"), [(1, False, 8), (3, False, 30), (3, True, 24)])
+def test_operations_are_those_of_every_draw(draws, precomputed, times, tmp_path):
+    """2 a forward and 4 a backward: with 3 draws 3 of the reference, 3 to find the loss and 3 to train."""
+    run = build(tmp_path, num_samples=draws, precompute_ref_log_probs=precomputed)
+    run.train()
+    parameters = run.model.num_parameters(exclude_embeddings=True)
+    batch = next(iter(run.get_train_dataloader()))
+    assert run.floating_point_ops(batch) == times * parameters * batch["input_ids"].numel()
+
+
 def even_or_odd(rows: range) -> Dataset:
     """Pairs whose chosen answer has the digits that the prompt asks for; rows differ in length."""
     digits = {"even": "02468", "odd": "13579"}
