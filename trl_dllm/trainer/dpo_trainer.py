@@ -149,8 +149,8 @@ class DiffusionDPOTrainer(DiffusionTrainer, DPOTrainer):
         check_architecture(model, config, args, given.get("peft_config"))
         check_dpo_data(given, args)
         self.estimator = args.build_estimator()
-        # TRL computes the reference of the whole data set within this call.
-        with reference_source(model, ref_model is None and not adapted and not args.precompute_ref_log_probs):
+        # TRL loads the reference within this call, under FSDP to compute it in advance too.
+        with reference_source(model, ref_model is None and not adapted):
             super().__init__(*bound.args[1:], **bound.kwargs)
         self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
         self.spec.write_to(self.model)
