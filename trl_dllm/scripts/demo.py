@@ -77,16 +77,16 @@ def main(args: argparse.Namespace) -> dict:
         argv += ["--batch_size", "250", "--no_stop_at_eos"]
         return evaluation.main(evaluation.make_parser().parse_args(argv))
 
-    _headline("1/5  a tiny LLaDA")
+    headline("1/5  a tiny LLaDA")
     init_tiny.main(init_tiny.make_parser().parse_args([str(folder / "init"), "--seed", seed]))
-    _headline("2/5  masked-diffusion SFT on Sudoku, until it solves a third of some validation puzzles")
+    headline("2/5  masked-diffusion SFT on Sudoku, until it solves a third of some validation puzzles")
     stop = StopAtSolveRate(1 / 3, AutoTokenizer.from_pretrained(folder / "init"))
     train(sft, "tiny_llada/sft/sudoku", "init", "sft", "--max_steps", "1500", callbacks=[stop])
-    _headline("3/5  held-out puzzles before RL")
+    headline("3/5  held-out puzzles before RL")
     before = solve_rate("sft", "before")
-    _headline("4/5  GRPO with d2-StepMerge")
+    headline("4/5  GRPO with d2-StepMerge")
     trainer = train(grpo, "tiny_llada/grpo/sudoku", "sft", "grpo")
-    _headline("5/5  held-out puzzles after RL")
+    headline("5/5  held-out puzzles after RL")
     after = solve_rate("grpo", "after")
 
     title = f"4x4 Sudoku, d2-StepMerge (seed {seed})"
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> dict:
         "seed": args.seed,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    _headline("Solve rate on held-out puzzles (sampled at temperature 1, two tokens a step)")
+    headline("Solve rate on held-out puzzles (sampled at temperature 1, two tokens a step)")
     for name in ("before", "after"):
         row = summary[name]
         print(f"{name:>7}: {row['solve_rate']:6.1%}   95 % interval {row['low']:.1%} to {row['high']:.1%}", end="")
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> dict:
     return summary
 
 
-def _headline(text: str) -> None:
+def headline(text: str) -> None:
     print(f"\n\033[1m{text}\033[0m", flush=True)
 
 

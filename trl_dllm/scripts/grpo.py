@@ -46,7 +46,12 @@ def make_parser(prog: str | None = None) -> RecipeParser:
     return RecipeParser((DiffusionGRPOScriptArguments, DiffusionGRPOConfig, ModelArguments), prog=prog)
 
 
-def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPOConfig, model_args: ModelArguments):
+def main(
+    script_args: DiffusionGRPOScriptArguments,
+    training_args: DiffusionGRPOConfig,
+    model_args: ModelArguments,
+    callbacks: list | None = None,
+):
     check_named(script_args, model_args)
     rewards = resolve_rewards(script_args.task, script_args.reward_funcs, script_args.reward_model_name_or_path)
     if script_args.dry_run:
@@ -71,6 +76,7 @@ def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPO
         eval_dataset=evaluation,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        callbacks=callbacks,
     )
     trainer.fingerprint = fingerprint
     train_and_save(trainer, script_args)

@@ -5,14 +5,14 @@ A new task is a new module with a module-level `TASK` and its name in the tuple 
 
 import difflib
 
-from . import countdown, gsm8k, humaneval, math500, mbpp, sudoku
+from . import countdown, gsm8k, humaneval, math500, mbpp, reviews, sudoku
 from .base import Task
 
 
 __all__ = ["TASKS", "Task", "get_task"]
 
 TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK for module in (countdown, gsm8k, humaneval, math500, mbpp, sudoku)
+    module.TASK.name: module.TASK for module in (countdown, gsm8k, humaneval, math500, mbpp, reviews, sudoku)
 }
 
 

@@ -1,0 +1,47 @@
+"""What sampled texts are like beside their reward: how varied, how long, and how likely to a model that is no judge.
+
+A policy that games its reward shows here first: it repeats itself (distinct-n falls), never ends (no EOS), or writes
+what the model it came from would not (cross-entropy rises).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..likelihood import Estimator, token_logps
+from ..rollout import Rollout
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """The share of different ones among all runs of `n` words (Li et al. 2016), in lower case; 0 if there are none."""
+    runs = []
+    for text in texts:
+        words = text.lower().split()
+        runs += [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(runs)) / max(1, len(runs))
+
+
+def mean_interval(values: Sequence[float], z: float = 1.959964) -> dict[str, float]:
+    """`mean` of the values and its normal 95 % interval, `low` to `high`; one value alone has no width.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not values:
+        raise ValueError("values=[] has no mean; pass at least one.")
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    half = z * math.sqrt(variance / len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+@torch.no_grad()
+def cross_entropy(model: nn.Module, rollout: Rollout, estimator: Estimator, batch_size: int | None = None) -> float:
+    """Mean negative log-prob a counted token, in nats, that `model` gives to what another one drew.
+
+    Costs `estimator.num_views(rollout)` forwards a row. Scored at temperature 1, whatever the rollout's.
+    """
+    scores = token_logps(model, rollout, estimator, temperature=1.0, batch_size=batch_size)
+    return float(-(scores.logps * rollout.counted).sum() / rollout.counted.sum().clamp(min=1))

