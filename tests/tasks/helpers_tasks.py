@@ -1,5 +1,7 @@
 """Texts that parsers have to survive, and shorthand for completions."""
 
+import json
+
 from hypothesis import strategies as st
 
 
@@ -53,3 +55,18 @@ def reward_of(task, name, text, **columns):
     plain = task.rewards[name](prompts=["x"], completions=[text], **columns, trainer_state=None)[0]
     assert plain == task.rewards[name](completions=[chat(text)], **columns)[0]
     return plain
+
+
+def write_reviews(folder, snippets=None):
+    """A corpus of the task `reviews` in `folder`: sentences about films, of 5 to 12 words and with distinct openings."""
+    if snippets is None:
+        subjects = ("film", "story", "cast", "score", "plot", "camera", "ending", "script", "hero", "villain")
+        starts = ("The first {}", "A second {}", "This good {}", "That dull {}", "Some new {}", "One old {}")
+        ends = ("is great fun", "makes a bad and boring evening of it", "leaves you where you were before it began")
+        snippets = [
+            f"{start.format(subject)} {end}" for start in starts for subject in subjects for end in (ends[len(subject) % 3],)
+        ]
+    path = folder / "reviews" / "snippets.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in snippets))
+    return folder

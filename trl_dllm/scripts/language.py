@@ -111,11 +111,16 @@ def prepare(folder: Path, model: Path | None = None, data_dir: Path | None = Non
     return model, data_dir
 
 
-def train(script, recipe: str, model: Path, data_dir: Path, output: Path, seed: int, *overrides: str, callbacks=None):
-    """Run a recipe, on the GPU if there is one; the log history of the finished run."""
+def train(
+    script, recipe: str, model: Path, data_dir: Path, output: Path, seed: int, *overrides: str, callbacks: list
+) -> list[dict]:
+    """Run a recipe on all texts, on the GPU if there is one; the log history of the finished run."""
     argv = ["--config", recipe, "--model_name_or_path", str(model), "--data_dir", str(data_dir), "--seed", str(seed)]
     argv += ["--output_dir", str(output), "--use_cpu", str(not torch.cuda.is_available()).lower(), *overrides]
-    script.main(*script.make_parser().parse_args_and_config(argv), callbacks=callbacks)
+    script_args, *others = script.make_parser().parse_args_and_config(argv)
+    texts = get_task("reviews").load("train", data_dir=str(data_dir), **(script_args.task_kwargs or {}))
+    script_args.num_train_examples = len(texts)
+    script.main(script_args, *others, callbacks=callbacks)
     return json.loads((output / TRAINER_STATE_NAME).read_text())["log_history"]
 
 
