@@ -40,7 +40,12 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def archive(path: Path, name: str = SNIPPETS) -> Path:
     """A source distribution with the snippets where the real one has them."""
-    lines = ["1\t2.3\tThe ''Rock''  is\tdestined.", "2\t-0.6\tToo tepid – a biopic", "", "3\t-0.6\tToo tepid – a biopic"]
+    lines = [
+        "1\t2.3\tThe ''Rock''  is\tdestined.",
+        "2\t-0.6\tToo tepid – a biopic",
+        "",
+        "3\t-0.6\tToo tepid – a biopic",
+    ]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as inner:
         add(inner, "hutto/tweets_GroundTruth.txt", b"1\t1.0\tnot this")

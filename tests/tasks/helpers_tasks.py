@@ -64,7 +64,10 @@ def write_reviews(folder, snippets=None):
         starts = ("The first {}", "A second {}", "This good {}", "That dull {}", "Some new {}", "One old {}")
         ends = ("is great fun", "makes a bad and boring evening of it", "leaves you where you were before it began")
         snippets = [
-            f"{start.format(subject)} {end}" for start in starts for subject in subjects for end in (ends[len(subject) % 3],)
+            f"{start.format(subject)} {end}"
+            for start in starts
+            for subject in subjects
+            for end in (ends[len(subject) % 3],)
         ]
     path = folder / "reviews" / "snippets.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,9 @@ TASK = get_task("reviews")
 
 
 def vader():
-    return pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed: pip install 'trl-dllm[language]'")
+    return pytest.importorskip(
+        "vaderSentiment", reason="vaderSentiment is not installed: pip install 'trl-dllm[language]'"
+    )
 
 
 def test_prompt_and_completion_are_the_snippet(tmp_path):
@@ -44,7 +46,10 @@ def test_splits_share_no_prompt_whatever_its_length(tmp_path):
         assert train and validation and test
         assert not train & validation and not train & test and not validation & test
         assert len(prompts["test"]) == len(test), "a held-out prompt counts once"
-    free = [set(TASK.load(s, data_dir=str(tmp_path), prompt_words=0)["completion"]) for s in ("train", "validation", "test")]
+    free = [
+        set(TASK.load(s, data_dir=str(tmp_path), prompt_words=0)["completion"])
+        for s in ("train", "validation", "test")
+    ]
     assert sum(map(len, free)) == len(set(texts)) == len(set.union(*free))
     assert split_of("The film is") == split_of("the  FILM is, as they say, long")
 

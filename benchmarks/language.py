@@ -1,0 +1,227 @@
+"""AnyOrder, StepMerge, diffu-GRPO and DDPO on SmolLM2-135M and movie reviews, at equal counted operations.
+
+    make language
+    python benchmarks/language.py --flops 3e14 --seeds 0 1 2
+    python benchmarks/language.py --draw
+
+For each arm, blocks of 1 or 8 with three-word prompts or none, SFT makes a base model; each method trains from it until
+its counted operations (rollouts, reference and updates) reach `--flops`, and is then sampled on held-out prompts. A
+finished run is a file of JSON lines in `benchmarks/language/`: its facts, one line a step, the held-out measures. What
+is there is not run again, an interrupted run resumes, so the command can be stopped at any time; `--draw` draws the
+figure from the files alone. Runs at low priority.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from trl_dllm.command import count
+from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts.language import examine, prepare, train
+from trl_dllm.tasks import get_task
+
+
+METHODS = {  # name: recipe
+    "AnyOrder": "smollm2/grpo/reviews",
+    "StepMerge, N = 4": "smollm2/grpo/reviews_step_merge",
+    "diffu-GRPO": "smollm2/grpo/reviews_diffu_grpo",
+    "DDPO": "smollm2/grpo/reviews_ddpo",
+}
+COLORS = dict(zip(METHODS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
+BLOCKS = {  # block length: SFT recipe and steps, and what GRPO changes
+    1: ("smollm2/sft/reviews", 300, []),
+    8: ("smollm2/sft/reviews_blocks", 1500, ["--block_length", "8", "--learning_rate", "1e-4", "--beta", "0.1"]),
+}
+LOGGED = ("step", "flops", "flops_paper", "reward", "reward_std", "kl", "entropy", "grad_norm")
+LENGTH = "completions/mean_length"
+
+
+class StopAtFlops(TrainerCallback):
+    """Ends a run once the operations that it has counted reach `budget`."""
+
+    def __init__(self, budget: float):
+        self.budget = budget
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if (logs or {}).get("flops", 0) >= self.budget:
+            control.should_training_stop = True
+        return control
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flops", type=float, help="Operations that each method may take.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--blocks", type=int, nargs="+", choices=sorted(BLOCKS), default=[1])
+    parser.add_argument("--prompt_words", type=int, nargs="+", choices=[0, 3], default=[3, 0])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument(
+        "--sft_steps", type=count, help="Of each base; default: 300 in blocks of 1, 1500 in blocks of 8."
+    )
+    parser.add_argument("--num_examples", type=count, default=64, help="Held-out prompts.")
+    parser.add_argument("--model", type=Path, help="The model to start from; default: what make language converts.")
+    parser.add_argument("--data_dir", type=Path, help="Where the texts are; default: what make language writes.")
+    parser.add_argument("--runs", type=Path, default=Path("runs/language_comparison"), help="Models and checkpoints.")
+    parser.add_argument("--logs", type=Path, default=Path(__file__).parent / "language", help="Kept logs.")
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/language_vs_flops.png"))
+    parser.add_argument("--draw", action="store_true", help="Train nothing: draw the figure from the logs.")
+    return parser
+
+
+def log_path(logs: Path, facts: dict[str, Any]) -> Path:
+    method = facts["recipe"].partition("reviews")[2].strip("_") or "any_order"
+    return logs / f"blocks{facts['block_length']}_words{facts['prompt_words']}_{method}_seed{facts['seed']}.jsonl"
+
+
+def read_log(path: Path) -> tuple[dict, list[dict], dict]:
+    """A finished run's facts, steps and held-out measures."""
+    facts, *steps, end = [json.loads(line) for line in path.open()]
+    return facts, steps, end
+
+
+def is_done(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether a run's log is there; raises ValueError for one that was made with other settings."""
+    if not path.exists():
+        return False
+    found = read_log(path)[0]
+    other = {key: (found.get(key), value) for key, value in facts.items() if found.get(key) != value}
+    if other:
+        said = ", ".join(f"{key}={was!r} there and {now!r} here" for key, (was, now) in other.items())
+        raise ValueError(f"{path} holds another run: {said}. Choose another --logs, or delete it.")
+    return True
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train what is not there yet: seed by seed, so that the first seed of every method comes first."""
+    model, data_dir = prepare(Path("runs/language"), args.model, args.data_dir)
+    arms = [(block, words) for block in args.blocks for words in args.prompt_words]
+    for seed in args.seeds:
+        for block, words in arms:
+            _run_arm(args, model, data_dir, block, words, seed)
+
+
+def _run_arm(args: argparse.Namespace, model: Path, data_dir: Path, block: int, words: int, seed: int) -> None:
+    recipe, sft_steps, changes = BLOCKS[block]
+    sft_steps = args.sft_steps or sft_steps
+    folder = args.runs / f"blocks{block}_words{words}"
+    of_task = ["--task_kwargs", json.dumps({"prompt_words": words})]
+    rows = get_task("reviews").load("test", args.num_examples, data_dir=str(data_dir), prompt_words=words)
+    for name in args.methods:
+        facts = {"method": name, "recipe": METHODS[name], "block_length": block, "prompt_words": words, "seed": seed}
+        facts |= {"flops_budget": args.flops, "sft_steps": sft_steps}
+        path = log_path(args.logs, facts)
+        if is_done(path, facts):
+            continue
+        # One base for all seeds: what differs between them is RL alone.
+        base, steps = folder / "sft", ["--max_steps", str(sft_steps)]
+        train(sft, recipe, model, data_dir, base, 0, *steps, *of_task, callbacks=[])
+        before = examine(base, base, folder / "before", rows, seed=0)
+        start, output = time.time(), folder / path.stem
+        more = [*changes, *of_task, "--max_steps", "100000"]
+        history = train(grpo, METHODS[name], base, data_dir, output, seed, *more, callbacks=[StopAtFlops(args.flops)])
+        after = examine(output, base, folder / f"{path.stem}_after", rows, seed=0)
+        samples = [json.loads(line) for line in (folder / f"{path.stem}_after" / "samples.jsonl").open()]
+        steps = [
+            {**{key: entry[key] for key in LOGGED if key in entry}, "length": entry[LENGTH]}
+            for entry in history
+            if "reward" in entry
+        ]
+        end = {
+            "before": _measures(before),
+            "after": _measures(after),
+            "samples": samples[:10],
+            "seconds_of_last_session": round(time.time() - start, 1),
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        }
+        args.logs.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in (facts, *steps, end)))
+        temporary.replace(path)
+        for checkpoint in output.glob("checkpoint-*"):  # 0.8 GB each, which nothing will resume
+            shutil.rmtree(checkpoint)
+
+
+def _measures(summary: dict) -> dict:
+    return {key: value for key, value in summary.items() if key != "of"}
+
+
+def smooth(values: list[float], window: int = 5) -> list[float]:
+    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
+
+
+def draw(logs: Path, figure_path: Path) -> list[tuple]:
+    """Draw all finished runs, an arm a panel, and print their held-out measures.
+
+    Returns the table's rows: block length, prompt words, method, seeds, and mean held-out score before and after.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = [read_log(path) for path in sorted(logs.glob("*.jsonl"))]
+    if not runs:
+        raise ValueError(f"{logs} holds no log. Train first: python benchmarks/language.py --flops 3e14")
+    arms = sorted({(facts["block_length"], -facts["prompt_words"]) for facts, _, _ in runs})
+    figure, axes = plt.subplots(1, len(arms), figsize=(5.2 * len(arms), 4), dpi=130, squeeze=False, sharey=True)
+    table = []
+    print(f"{'blocks':>6}  {'prompt':>6}  {'method':<17} {'seeds':>5}  {'before':>6}  {'after':>6}  ", end="")
+    print(f"{'each seed':<24} {'distinct-2':>10}  {'nats':>5}")
+    for ax, (block, negative) in zip(axes[0], arms, strict=True):
+        words = -negative
+        for name in METHODS:
+            found = [
+                (facts, steps, end)
+                for facts, steps, end in runs
+                if (facts["block_length"], facts["prompt_words"], facts["method"]) == (block, words, name)
+            ]
+            for i, (_, steps, _) in enumerate(found):
+                flops, reward = [step["flops"] for step in steps], smooth([step["reward"] for step in steps])
+                ax.plot(flops, reward, color=COLORS[name], alpha=0.8, linewidth=1.2, label=name if i == 0 else None)
+            if not found:
+                continue
+            ends = [end for _, _, end in found]
+
+            def mean(of: str, key: str, ends: list[dict] = ends) -> float:
+                return sum(end[of][key] for end in ends) / len(ends)
+
+            row = (block, words, name, len(found), mean("before", "mean"), mean("after", "mean"))
+            table.append(row)
+            each = " ".join(f"{end['after']['mean']:.2f}" for end in ends)
+            print(
+                f"{block:>6}  {words:>6}  {name:<17} {len(found):>5}  {row[4]:>6.2f}  {row[5]:>6.2f}  {each:<24} ",
+                end="",
+            )
+            print(f"{mean('after', 'distinct_2'):>10.2f}  {mean('after', 'cross_entropy'):>5.2f}")
+        ax.set(xlabel="floating-point operations (counted)", xlim=(0, None))
+        ax.set_title(f"blocks of {block}, {f'{words}-word prompts' if words else 'no prompts'}", fontsize=10)
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("training reward (VADER), mean of the last 5 steps")
+    axes[0][-1].legend(loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(figure_path)
+    plt.close(figure)
+    return table
+
+
+def main(args: argparse.Namespace) -> list[tuple]:
+    if not args.draw:
+        if not args.flops or args.flops <= 0:
+            raise ValueError(f"--flops={args.flops} must be a positive number of operations, such as 3e14; or --draw.")
+        run(args)
+    return draw(args.logs, args.figure)
+
+
+if __name__ == "__main__":
+    os.nice(10)
+    main(make_parser().parse_args())

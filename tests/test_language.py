@@ -1,0 +1,81 @@
+"""benchmarks/language.py at toy size: equal operations, prompts and none, logs that are kept and drawn again."""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from helpers_tasks import write_reviews
+
+
+pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed: pip install 'trl-dllm[language]'")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'trl-dllm[plots]'")
+
+_spec = importlib.util.spec_from_file_location(
+    "language_comparison", Path(__file__).parents[1] / "benchmarks" / "language.py"
+)
+comparison = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(comparison)
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_checkpoint, tmp_path_factory) -> argparse.Namespace:
+    folder = tmp_path_factory.mktemp("comparison")
+    texts = [f"A {word} film{i} is {word} fun" for word in ("great", "awful", "odd") for i in range(60)]
+    data = write_reviews(folder / "data", texts)
+    argv = ["--model", tiny_checkpoint, "--data_dir", str(data), "--runs", str(folder / "runs")]
+    argv += ["--logs", str(folder / "logs"), "--figure", str(folder / "figure.png"), "--seeds", "0"]
+    argv += ["--sft_steps", "2", "--num_examples", "3", "--flops", "4e8", "--methods", "AnyOrder", "StepMerge, N = 4"]
+    return comparison.make_parser().parse_args(argv)
+
+
+@pytest.fixture(scope="module")
+def table(arguments) -> list[tuple]:
+    return comparison.main(arguments)
+
+
+def test_methods_take_equal_operations_with_prompts_and_without(arguments, table):
+    assert [row[:4] for row in table] == [
+        (1, words, name, 1) for words in (3, 0) for name in ("AnyOrder", "StepMerge, N = 4")
+    ]
+    logs = {path.stem: comparison.read_log(path) for path in arguments.logs.glob("*.jsonl")}
+    assert set(logs) == {f"blocks1_words{w}_{m}_seed0" for w in (0, 3) for m in ("any_order", "step_merge")}
+    for facts, steps, end in logs.values():
+        flops = [step["flops"] for step in steps]
+        assert flops[-1] >= arguments.flops and all(value < arguments.flops for value in flops[:-1]), "no step beyond"
+        assert end["before"]["n"] == end["after"]["n"] == 3 == len(end["samples"])
+        assert all((sample["prompt"] == "") == (facts["prompt_words"] == 0) for sample in end["samples"])
+    print({name: (len(s), s[0]["flops"], s[-1]["flops"]) for name, (_, s, _) in logs.items()})
+    each = {name: steps[0]["flops"] for name, (_, steps, _) in logs.items()}
+    assert each["blocks1_words3_step_merge_seed0"] > 1.2 * each["blocks1_words3_any_order_seed0"]
+    assert arguments.figure.stat().st_size > 1000
+    assert not list(arguments.runs.glob("*/*_seed0/checkpoint-*")) and list(arguments.runs.glob("*/sft/checkpoint-*"))
+
+
+def test_what_is_finished_is_not_run_again_and_draws_the_same(arguments, table, monkeypatch):
+    monkeypatch.setattr(comparison, "train", None)  # would raise if it were called
+    assert comparison.main(arguments) == table
+    assert comparison.main(argparse.Namespace(**{**vars(arguments), "draw": True, "flops": None})) == table
+
+
+def test_logs_of_other_settings_are_refused(arguments, table):
+    other = argparse.Namespace(**{**vars(arguments), "flops": 2.5e9})
+    with pytest.raises(ValueError, match=r"holds another run: flops_budget=400000000.0 there and 2500000000.0 here"):
+        comparison.main(other)
+
+
+def test_without_operations_or_logs_it_says_what_to_give(tmp_path):
+    for words in ([], ["--flops", "-1"]):
+        with pytest.raises(ValueError, match="--flops=.* must be a positive number"):
+            comparison.main(comparison.make_parser().parse_args(words))
+    with pytest.raises(ValueError, match="holds no log"):
+        comparison.main(comparison.make_parser().parse_args(["--draw", "--logs", str(tmp_path)]))
+
+
+def test_every_file_that_is_kept_is_a_whole_log():
+    for path in sorted((Path(comparison.__file__).parent / "language").glob("*.jsonl")):
+        facts, steps, end = comparison.read_log(path)
+        assert comparison.log_path(path.parent, facts) == path and facts["recipe"] in comparison.METHODS.values()
+        assert steps[-1]["flops"] >= facts["flops_budget"] and {"before", "after", "samples"} <= set(end)
+        assert json.dumps(facts) == path.open().readline().strip()
