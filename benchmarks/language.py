@@ -4,11 +4,11 @@
     python benchmarks/language.py --flops 3e14 --seeds 0 1 2
     python benchmarks/language.py --draw
 
-For each arm, blocks of 1 or 8 with three-word prompts or none, SFT makes a base model; each method trains from it until
-its counted operations (rollouts, reference and updates) reach `--flops`, and is then sampled on held-out prompts. A
-finished run is a file of JSON lines in `benchmarks/language/`: its facts, one line a step, the held-out measures. What
-is there is not run again, an interrupted run resumes, so the command can be stopped at any time; `--draw` draws the
-figure from the files alone. Runs at low priority.
+For each arm, blocks of 1 or 8 with three-word prompts or none, SFT makes a base model; each method trains from it
+until its counted operations (rollouts, reference and updates) reach `--flops`, and is then sampled on held-out
+prompts. A finished run is a file of JSON lines in `benchmarks/language/`: its facts, one line a step, the held-out
+measures. What is there is not run again, an interrupted run resumes, so the command can be stopped at any time;
+`--draw` draws the figure from the files alone. Runs at low priority.
 """
 
 import argparse
@@ -63,9 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--blocks", type=int, nargs="+", choices=sorted(BLOCKS), default=[1])
     parser.add_argument("--prompt_words", type=int, nargs="+", choices=[0, 3], default=[3, 0])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument(
-        "--sft_steps", type=count, help="Of each base; default: 300 in blocks of 1, 1500 in blocks of 8."
-    )
+    parser.add_argument("--sft_steps", type=count, help="Of each base; default: 300, or 1500 in blocks of 8.")
     parser.add_argument("--num_examples", type=count, default=64, help="Held-out prompts.")
     parser.add_argument("--model", type=Path, help="The model to start from; default: what make language converts.")
     parser.add_argument("--data_dir", type=Path, help="Where the texts are; default: what make language writes.")

@@ -46,9 +46,6 @@ def test_methods_take_equal_operations_with_prompts_and_without(arguments, table
         assert flops[-1] >= arguments.flops and all(value < arguments.flops for value in flops[:-1]), "no step beyond"
         assert end["before"]["n"] == end["after"]["n"] == 3 == len(end["samples"])
         assert all((sample["prompt"] == "") == (facts["prompt_words"] == 0) for sample in end["samples"])
-    print({name: (len(s), s[0]["flops"], s[-1]["flops"]) for name, (_, s, _) in logs.items()})
-    each = {name: steps[0]["flops"] for name, (_, steps, _) in logs.items()}
-    assert each["blocks1_words3_step_merge_seed0"] > 1.2 * each["blocks1_words3_any_order_seed0"]
     assert arguments.figure.stat().st_size > 1000
     assert not list(arguments.runs.glob("*/*_seed0/checkpoint-*")) and list(arguments.runs.glob("*/sft/checkpoint-*"))
 
@@ -67,7 +64,7 @@ def test_logs_of_other_settings_are_refused(arguments, table):
 
 def test_without_operations_or_logs_it_says_what_to_give(tmp_path):
     for words in ([], ["--flops", "-1"]):
-        with pytest.raises(ValueError, match="--flops=.* must be a positive number"):
+        with pytest.raises(ValueError, match=r"--flops=.* must be a positive number"):
             comparison.main(comparison.make_parser().parse_args(words))
     with pytest.raises(ValueError, match="holds no log"):
         comparison.main(comparison.make_parser().parse_args(["--draw", "--logs", str(tmp_path)]))

