@@ -6,7 +6,7 @@ Runs the same entry points and recipes (`smollm2/…`) that the command line run
 the package index give model and texts, any-order SFT in blocks of 1 (left to right) makes a diffusion model of it, and
 d2-AnyOrder improves VADER's score of what it writes. SFT and GRPO take as many steps as fit into their shares of the
 budget, by the seconds that the first ones took, and no more than their recipes say. Given again, the command goes on
-where it stopped. The output folder gets both models, `summary.json`, `samples.md` and `curves.png`.
+where it stopped. The output folder gets both models, `summary.json`, `samples.txt` and `curves.png`.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def main(args: argparse.Namespace) -> dict:
     after = examine(folder / "grpo", folder / "sft", folder / "after", rows, args.seed)
 
     figure = plot_language(learned, improved, folder / "curves.png", f"SmolLM2-135M, d2-AnyOrder (seed {args.seed})")
-    samples = write_samples(folder / "before", folder / "after", folder / "samples.md")
+    samples = write_samples(folder / "before", folder / "after", folder / "samples.txt")
     results = {
         name: {key: value for key, value in found.items() if key != "of"}
         for name, found in (("before", before), ("after", after))
@@ -220,19 +220,16 @@ def main(args: argparse.Namespace) -> dict:
 
 
 def write_samples(before: Path, after: Path, path: Path) -> Path:
-    """The first completions of both models, prompt by prompt, as a page."""
+    """The first completions of both models, prompt by prompt, as text."""
     old, new = ([json.loads(line) for line in (folder / "samples.jsonl").open()] for folder in (before, after))
-    lines = ["# Samples", "", "The first held-out prompts, not chosen; in brackets VADER's score.", ""]
+    lines = ["The first held-out prompts, not chosen; in brackets VADER's score.", ""]
     for was, now in list(zip(old, new, strict=True))[:SHOWN]:
-        lines.append(f"**{was['prompt']}**")
-        lines += [f"- {name} [{row['compound']:+.2f}]: {row['completion']}" for name, row in _named(was, now)]
+        lines.append(was["prompt"])
+        for name, row in (("before", was), ("after", now)):
+            lines.append(f"  {name:>6} [{row['compound']:+.2f}]: {row['completion']}")
         lines.append("")
     path.write_text("\n".join(lines))
     return path
-
-
-def _named(was: dict, now: dict) -> list[tuple[str, dict]]:
-    return [("before", was), ("after", now)]
 
 
 def _write_json(path: Path, value: dict) -> None:
