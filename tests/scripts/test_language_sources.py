@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_dllm.models import MaskedDiffusionSpec
@@ -160,6 +161,8 @@ def write_gguf(path: Path) -> None:
 
 def check_converted(folder: Path, source: Path) -> None:
     """The folder's model loads with stock classes, is bidirectional, and has the source's weights, unpacked."""
+    import gguf
+
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     spec = MaskedDiffusionSpec.from_model(model, tokenizer)
     assert (spec.logits_shift, spec.blocks) == (0, None)
@@ -172,10 +175,19 @@ def check_converted(folder: Path, source: Path) -> None:
     changed[0, -1] = spec.mask_token_id
     with torch.no_grad():
         assert not torch.equal(model(ids).logits[0, 0], model(changed).logits[0, 0]), "a token sees what follows"
-        causal = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-        model.config.is_causal = False
-        difference = causal(ids, is_causal=False).logits - model.float()(ids).logits
-    assert difference.abs().max() < 0.05 * causal(ids).logits.abs().max(), "bfloat16 rounding alone"
+    unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    causal = AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32, **unpacked
+    )
+    weights = model.state_dict()
+    assert weights.keys() == causal.state_dict().keys()
+    assert all(torch.equal(weights[name], value.bfloat16()) for name, value in causal.state_dict().items())
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(source).tensors}
+    for name, theirs in (("embed_tokens", "token_embd"), ("layers.1.mlp.down_proj", "blk.1.ffn_down")):
+        value = torch.tensor(
+            gguf.dequantize(tensors[f"{theirs}.weight"].data, tensors[f"{theirs}.weight"].tensor_type)
+        )
+        assert torch.equal(weights[f"model.{name}.weight"], value.bfloat16())
 
 
 def test_a_gguf_file_becomes_a_masked_diffusion_model(tmp_path):
