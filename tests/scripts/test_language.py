@@ -9,12 +9,13 @@ from helpers_tasks import write_reviews
 from transformers import TrainerControl
 
 from trl_dllm.scripts import language
-from trl_dllm.scripts.language import StepsInBudget, make_parser, prepare
+from trl_dllm.scripts.language import StopAtBudget, make_parser, prepare
 
 
-def steps_until_it_stops(callback: StepsInBudget, clock: list[float], took: list[float], first: int = 0) -> int:
-    """Steps that a run takes which needs `took[i]` seconds for its i-th one, the last of them for all that follow."""
+def steps_until_it_stops(callback: StopAtBudget, clock: list[float], took: list[float], first: int = 0) -> int:
+    """Steps that a run has taken in the end whose `i`-th one takes `took[i]` seconds, all further ones the last."""
     args, state, control = SimpleNamespace(max_steps=50), SimpleNamespace(global_step=first), TrainerControl()
+    clock[0] += 1000  # loading
     callback.on_train_begin(args, state, control)
     while not control.should_training_stop and state.global_step < args.max_steps:
         clock[0] += took[min(state.global_step - first, len(took) - 1)]
@@ -31,21 +32,21 @@ def clock(monkeypatch):
 
 
 def test_steps_are_those_that_fit_into_the_budget(tmp_path, clock):
-    """The first step, which loads and compiles, does not count; one slow step among the measured ones neither."""
-    plan = tmp_path / "run" / "plan.json"
-    assert steps_until_it_stops(StepsInBudget(20.0, plan, "sft"), clock, [30.0, 2.0, 9.0, 2.0]) == 10
-    assert json.loads(plan.read_text())["sft"] == {"steps": 10, "seconds_a_step": 2.0, "budget_seconds": 20.0}
-    assert steps_until_it_stops(StepsInBudget(1000.0, plan, "grpo"), clock, [1.0]) == 50, "no more than the recipe's"
-    assert set(json.loads(plan.read_text())) == {"sft", "grpo"}
-    assert steps_until_it_stops(StepsInBudget(1.0, plan, "slow"), clock, [5.0]) == 4, "those that were measured"
+    path = tmp_path / "run" / "time.json"
+    assert steps_until_it_stops(StopAtBudget(20.5, path, "sft"), clock, [2.0]) == 10
+    assert json.loads(path.read_text())["sft"] == {"seconds": 20.0, "steps": 10, "seconds_a_step": 2.0}
+    assert steps_until_it_stops(StopAtBudget(20.5, path, "slower"), clock, [1.0, 1.0, 4.0]) == 6  # 18 s, then 3 more
+    assert steps_until_it_stops(StopAtBudget(1000.0, path, "grpo"), clock, [1.0]) == 50, "no more than the recipe's"
+    assert steps_until_it_stops(StopAtBudget(1.0, path, "slow"), clock, [5.0]) == 1, "one at least"
+    assert set(json.loads(path.read_text())) == {"sft", "slower", "grpo", "slow"}
 
 
-def test_an_interrupted_run_ends_where_it_would_have(tmp_path, clock):
-    plan = tmp_path / "plan.json"
-    steps_until_it_stops(StepsInBudget(20.0, plan, "sft"), clock, [2.0])
-    assert steps_until_it_stops(StepsInBudget(20.0, plan, "sft"), clock, [0.01], first=7) == 10
-    other = steps_until_it_stops(StepsInBudget(40.0, plan, "sft"), clock, [2.0], first=7)
-    assert other == 20, "another budget is measured again"
+def test_what_earlier_sessions_took_counts(tmp_path, clock):
+    path = tmp_path / "time.json"
+    steps_until_it_stops(StopAtBudget(10.0, path, "sft"), clock, [2.0])
+    resumed = StopAtBudget(20.5, path, "sft")
+    assert steps_until_it_stops(resumed, clock, [2.0], first=5) == 10
+    assert resumed.spent == 20, "and not the time between them"
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf", "soon"])

