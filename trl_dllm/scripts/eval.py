@@ -13,7 +13,14 @@ from dataclasses import fields
 from pathlib import Path
 
 from trl_dllm.command import Parser, count, run_script
-from trl_dllm.evaluation import GENERATIONS, evaluate, evaluation_fingerprint, open_evaluation, rescore
+from trl_dllm.evaluation import (
+    GENERATIONS,
+    check_stop_strings,
+    evaluate,
+    evaluation_fingerprint,
+    open_evaluation,
+    rescore,
+)
 from trl_dllm.fields import check_choice
 from trl_dllm.generation import DecodingArguments
 from trl_dllm.identity import model_identity
@@ -57,6 +64,7 @@ def main(args: argparse.Namespace) -> dict:
     check_choice("parser", args.parser, task.parsers)
     check_task_kwargs(task, args.task_kwargs)
     check_data_dir(args.data_dir)
+    check_stop_strings(args.stop_strings)
     if args.from_generations:
         summary = rescore(task, args.from_generations, folder, args.parser)
         _print(task.name, summary, folder)
