@@ -5,15 +5,14 @@
 Rollout, old and reference log-probs and μ = 2 updates of a group, full fine-tuning of a random LLaDA of about 20M
 parameters whose head takes a small part of its operations. Ours: the exact cache draws the group, a forward runs the
 columns that a counted token sees, and the first update finds the old policy's log-probs itself. The other: every step
-of the rollout runs prompt and canvas in full, old, reference and update run all P + 2L columns, and the old policy is a
-pass of its own. Both are this library's code, and their parts alternate in this one run. Times are of the thread's own
-CPU time where one thread of a CPU runs them, else of the clock on the wall; medians. About five minutes.
+of the rollout runs prompt and canvas in full; old, reference and updates run all P + 2L columns, and the old policy is
+a pass of its own. Both are this library's code, and their parts alternate in this one run. Times are of the thread's
+own CPU time where one thread of a CPU runs them, else of the clock on the wall; medians. A minute or two.
 """
 
 import argparse
 import platform
 import statistics
-import time
 from dataclasses import replace
 
 import any_order_decoding
@@ -106,8 +105,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     console = Console(width=120)
     console.print(
         f"{platform.machine()} {args.device}, {args.threads} thread(s), torch {torch.__version__}, {args.dtype}; "
-        f"{parameters / 1e6:.1f}M parameters, head {count.per_head_row / count.per_token:.1%} of a token's operations; "
-        f"{args.rows} row(s), P={args.prompt_length}, L={args.max_new_tokens}, block {args.block_length}, "
+        f"{parameters / 1e6:.1f}M parameters, head {count.per_head_row / count.per_token:.1%} of a token's "
+        f"operations; {args.rows} row(s), P={args.prompt_length}, L={args.max_new_tokens}, block {args.block_length}, "
         f"{args.tokens_per_step} tokens a step, {args.share:.0%} of the canvas counted, {args.mu} updates",
         highlight=False,
     )

@@ -2,17 +2,18 @@
 
     python benchmarks/rollout.py
 
-The step is the first of a block: all its positions are candidates. Bare are the model's layers on prompt and canvas and
-the output head on the block's rows, without softmax, draw, choice or bookkeeping. The layers are made to take exactly
-ten times the operations of the head. Step, forward and the step's parts alternate in this one run; what is printed are
-medians, of the thread's own CPU time where one thread of a CPU runs them, else of wall-clock time. Defaults: prompt
-200, canvas 256, blocks of 32, one row, float32, one thread; a minute.
+The step is the first of a block: all its positions are candidates. Bare are the model's layers on prompt and canvas
+and the output head on the block's rows, without softmax, draw, choice or bookkeeping. The layers are made to take ten
+times the operations of the head. Step, forward and the step's parts alternate in this one run; medians are printed, of
+the thread's own CPU time where one thread of a CPU runs them, else of wall-clock time. Defaults: prompt 200, canvas
+256, blocks of 32, one row, float32, one thread; a minute.
 """
 
 import argparse
 import platform
 import statistics
 import time
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -21,7 +22,15 @@ from rich.table import Table
 from trl_dllm.generation import DiffusionGenerationConfig
 from trl_dllm.generation.denoising import Denoising
 from trl_dllm.generation.order import MEASURES, draw_tokens, measure
-from trl_dllm.models import ForwardFlops, LLaDAConfig, LLaDAModelLM, Layout, MaskedDiffusionSpec, log_probs, view_inputs
+from trl_dllm.models import (
+    ForwardFlops,
+    Layout,
+    LLaDAConfig,
+    LLaDAModelLM,
+    MaskedDiffusionSpec,
+    log_probs,
+    view_inputs,
+)
 
 
 RATIO = 10  # operations of the layers, by those of the head
@@ -129,13 +138,12 @@ def main(args: argparse.Namespace) -> dict[str, float]:
 
         timed("bare forward", bare)
         timed("step", state.step)
-        hidden = timed("layers", lambda inputs=inputs: model.model(**inputs).last_hidden_state)
-        hidden = hidden.flatten(0, 1)[rows]
-        logits = timed("head", lambda hidden=hidden: model.lm_head(hidden))
-        log_p = timed("log-probs", lambda logits=logits: log_probs(logits, spec.mask_token_id, args.temperature))
+        hidden = timed("layers", partial(model.model, **inputs)).last_hidden_state.flatten(0, 1)[rows]
+        logits = timed("head", partial(model.lm_head, hidden))
+        log_p = timed("log-probs", partial(log_probs, logits, spec.mask_token_id, args.temperature))
         draws = torch.rand(len(rows), generator=generator, dtype=torch.float64).to(device)
-        tokens = timed("draw", lambda log_p=log_p, draws=draws: draw_tokens(log_p, draws))
-        timed("measure", lambda log_p=log_p, *more: measure(args.remasking, log_p, tokens, draws))
+        tokens = timed("draw", partial(draw_tokens, log_p, draws))
+        timed("measure", partial(measure, args.remasking, log_p, tokens, draws))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
     ratio = medians["step"] / medians["bare forward"]
     body, head = body_and_head(model, args)
@@ -146,8 +154,8 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     console.print(
         f"{platform.machine()} {args.device}, {args.threads} thread(s), torch {torch.__version__}, {args.dtype}; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.num_layers} layers of "
-        f"{args.hidden_size} (MLP {model.config.intermediate_size}), vocabulary {args.vocab_size}, {args.rows} row(s), "
-        f"P={args.prompt_length}, L={args.max_new_tokens}, block {args.block_length}; layers / head "
+        f"{args.hidden_size} (MLP {model.config.intermediate_size}), vocabulary {args.vocab_size}, "
+        f"{args.rows} row(s), P={args.prompt_length}, L={args.max_new_tokens}, block {args.block_length}; layers / head "
         f"{body / head:.3f} in operations",
         highlight=False,
     )

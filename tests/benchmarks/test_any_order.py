@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 
-SMALL = "--hidden_size 64 --num_layers 1 --vocab_size 90 --prompt_length 5 --max_new_tokens 16 --block_length 8 --rows 2"
+SMALL = (
+    "--hidden_size 64 --num_layers 1 --vocab_size 90 --prompt_length 5 --max_new_tokens 16 --block_length 8 --rows 2"
+)
 
 
 @pytest.fixture

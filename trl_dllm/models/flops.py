@@ -110,8 +110,9 @@ class TrainingFlops(ForwardFlops):
 
     The backward pass multiplies once more for the gradient of a matrix's input, where anything before it is trained,
     and once more for the matrix's own gradient, where it is trained itself; attention takes 2.5 forwards (2 if
-    `eager`, which leaves out what nobody needs where training begins at some of q, k and v). Gradient checkpointing adds a forward of each layer, without its last product unless it is reentrant
-    (recomputation stops where nothing more is needed). Tiles of the head whose logits are not kept are computed twice.
+    `eager`, less where training begins at some of q, k and v). Gradient checkpointing adds a forward of each layer,
+    without its last product unless it is reentrant (recomputation stops where nothing more is needed). Tiles of the
+    head whose logits are not kept are computed twice.
     """
 
     def __init__(self, model: nn.Module):
