@@ -154,9 +154,9 @@ def main(args: argparse.Namespace) -> dict[str, float]:
     console.print(
         f"{platform.machine()} {args.device}, {args.threads} thread(s), torch {torch.__version__}, {args.dtype}; "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {args.num_layers} layers of "
-        f"{args.hidden_size} (MLP {model.config.intermediate_size}), vocabulary "
-        f"{args.vocab_size}, {args.rows} row(s), P={args.prompt_length}, L={args.max_new_tokens}, block {args.block_length}; layers / head "
-        f"{body / head:.3f} in operations",
+        f"{args.hidden_size} (MLP {model.config.intermediate_size}), vocabulary {args.vocab_size}, "
+        f"{args.rows} row(s), P={args.prompt_length}, L={args.max_new_tokens}, block {args.block_length}; "
+        f"layers / head {body / head:.3f} in operations",
         highlight=False,
     )
     table = Table("", "ms", "of the bare forward", title=f"Medians of {args.repeats}, {clock.__name__}")
