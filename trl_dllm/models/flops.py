@@ -122,7 +122,6 @@ class TrainingFlops(ForwardFlops):
         fused = self._model.config.get_text_config()._attn_implementation != "eager"
         self._fused = fused
         self._reference_adapters = ("ref",) if any(m.adapter == "ref" for m in self._matrices) else ()
-        self._vocab_size: int = cast(Any, self._model.get_output_embeddings()).out_features
         self._embeddings = _name_of(self._model, self._model.get_input_embeddings())
         self._head = _name_of(self._model, self._model.get_output_embeddings())
         trained = {
@@ -160,7 +159,7 @@ class TrainingFlops(ForwardFlops):
             total += tokens * (self._cost(self._reference_adapters) + width * self.per_pair)
             total += tile_rows * self._cost((), in_head=True) * (1 + training)
         # Beside a reference no tile is kept.
-        kept = 0 if reference else kept_rows(head_rows, self._vocab_size, self._model.dtype)
+        kept = 0 if reference else kept_rows(self._model.get_output_embeddings(), head_rows, self._model.dtype)
         return total + (self._backward(tokens, width, tile_rows, tile_rows - kept) if training else 0)
 
     def _backward(self, tokens: int, width: int, tile_rows: int, again: int) -> int:
