@@ -5,8 +5,20 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import MASK, PROMPTS, REMASKING, SEEDS, SHIFT, THRESHOLDS, VOCAB, assert_same_rollout, common_eos, sample
-from oracles import chi_square_p, enumerate_trajectories, left_pad, random_table, slow_decode
+from cases import (
+    MASK,
+    PROMPTS,
+    REMASKING,
+    SEEDS,
+    SHIFT,
+    THRESHOLDS,
+    VOCAB,
+    assert_equals_slow_decoder,
+    assert_same_rollout,
+    common_eos,
+    sample,
+)
+from oracles import chi_square_p, enumerate_trajectories, left_pad, random_table
 
 from trl_dllm.generation import DiffusionGenerationConfig, default_eos, denoising, generate
 from trl_dllm.generation.order import VALUE_INDEPENDENT
@@ -14,13 +26,8 @@ from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
 from trl_dllm.noise import Purpose, hash64, uniform
 
 
-def assert_equals_oracle(model, family, rollout, prompts=PROMPTS, seeds=SEEDS, atol=1e-5, **settings):
-    settings = {"canvas": 12, "block_length": 6, "mask": MASK, "shift": SHIFT[family], **settings}
-    for row, prompt in enumerate(prompts):
-        tokens, steps, logps = slow_decode(model, prompt, seed=int(seeds[row]), **settings)
-        assert rollout.unmask_step[row].tolist() == steps, f"steps of row {row}"
-        assert rollout.completion_ids[row].tolist() == tokens, f"tokens of row {row}"
-        torch.testing.assert_close(rollout.logps[row].double(), torch.tensor(logps).double(), atol=atol, rtol=0)
+def assert_equals_oracle(model, family, rollout, **settings):
+    assert_equals_slow_decoder(model, rollout, **{"shift": SHIFT[family], **settings})
 
 
 # ------------------------------------------------------------------------------------------------- the decoding oracle

@@ -48,20 +48,19 @@ class CachedDecoding(Denoising):
         return out
 
 
-class CachedAnyOrderDecoding(CachedDecoding):
-    """The same draws with the exact cache.
+class SlotDecoding(CachedDecoding):
+    """Decoders with an exact cache: what was computed for a column of it never changes.
 
-    Rows keep their cache in slots of their own order of arrival: prompt, then tokens as they were revealed. A step
-    writes its chunk behind a row's last valid slot, new tokens first, then masked positions; only the new tokens stay
-    valid.
+    Rows keep their cache in slots of their own order of arrival: prompt, then what is finished. A step writes its
+    chunk behind a row's last valid slot, finished columns first, then the others; only the finished ones stay valid.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         config, device, (rows, width) = self.config, self.prompt_ids.device, self.prompt_ids.shape
-        # Room for the widest chunk behind the fullest row: one row may bring a whole block of new tokens and a whole
-        # block of masks while another has all but its last token cached.
-        self.slots = width + config.max_new_tokens + 2 * config.block_length
+        # Room for the widest chunk behind the fullest row: one row may bring two blocks while another has all but its
+        # last token cached; and for blocks that prompt and canvas do not fill.
+        self.slots = width + config.max_new_tokens + 4 * config.block_length
         self.cache: SlotCache = SlotCache(self.slots)
         self.level = torch.full((rows, self.slots), NEVER, device=device)  # level of each slot; NEVER: not valid
         self.used = torch.full((rows,), width, device=device)  # valid slots of each row
@@ -70,7 +69,6 @@ class CachedAnyOrderDecoding(CachedDecoding):
         if self.prompt_ids.numel():
             key = self.prompt_ids.masked_fill(~self.prompt_mask, -1)
             self.group = torch.unique(key, dim=0, return_inverse=True)[1].tolist()
-        self.fresh = torch.zeros_like(self.tokens, dtype=torch.bool)  # revealed in the row's last step, not yet cached
 
     def step(self) -> None:
         """A step, or the pass of the prompts of rows that begin: one forward."""
@@ -96,16 +94,30 @@ class CachedAnyOrderDecoding(CachedDecoding):
         self._run(
             ids=self.prompt_ids[first],
             positions=self.position_ids[first, :width],
-            pattern=Attention.padding(self.prompt_mask[first]),
+            pattern=self.prompt_attention(first),
             head_rows=first[:0],
             reduce=lambda logits: logits[:, :1],
             keys=width,
         )
         cache.grow(len(rows), self.cache, self.on_device([groups.index(self.group[row]) for row in rows]))
         self.cache, begin = cache, self.on_device(rows)
-        self.level[begin, :width] = torch.zeros_like(self.prompt_ids[begin]).masked_fill(
-            ~self.prompt_mask[begin], NEVER
-        )
+        self.level[begin, :width] = self.prompt_levels(begin)
+
+    def prompt_attention(self, rows: Tensor) -> Attention:
+        """Which columns of the prompts of `rows` each of them attends to."""
+        return Attention.padding(self.prompt_mask[rows])
+
+    def prompt_levels(self, rows: Tensor) -> Tensor:
+        """Levels of the columns of their prompts in the cache, (n, P)."""
+        return torch.zeros_like(self.prompt_ids[rows]).masked_fill(~self.prompt_mask[rows], NEVER)
+
+
+class CachedAnyOrderDecoding(SlotDecoding):
+    """The same draws with the exact cache: a chunk is the tokens revealed last and the block's masked positions."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fresh = torch.zeros_like(self.tokens, dtype=torch.bool)  # revealed in the row's last step, not yet cached
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce, *args: Tensor) -> Tensor:
         """Run the tokens revealed last and the candidates; reduce the candidates' logits."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Blocks
 from ..models import Attention, ForwardFlops, Layout, apply_head, log_probs, restrict, unwrap, view_inputs
 from ..noise import Purpose, uniform
 from ..rollout import Rollout, count_until_eos, widen
@@ -37,6 +38,7 @@ class Denoising:
     def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec, limit: int | None = None):
         self.model, self.config, self.spec, self.seeds = model, config, spec, seeds
         self.prompt_ids, self.prompt_mask = prompt_ids, prompt_mask
+        self.stop: Callable[[list[int]], bool] | None = None  # whether a row's finished blocks end its completion
         self.eos = config.eos_token_ids if config.eos_token_ids is not None else default_eos(model)
         rows, canvas_length, device = prompt_ids.shape[0], config.max_new_tokens, prompt_ids.device
         self.tokens = torch.full((rows, canvas_length), spec.mask_token_id, dtype=torch.int64, device=device)
@@ -51,11 +53,23 @@ class Denoising:
         )
         self.block = torch.zeros(rows, dtype=torch.int64, device=device)  # the row's current block
         self.taken = torch.zeros(rows, dtype=torch.int64, device=device)  # steps taken by the row
-        # Tokens that a step reveals by the schedule, by the positions of the block that are masked before it.
-        masked, self.reveals = config.block_length, [0] * (config.block_length + 1)
-        for count in config.schedule if config.confidence_threshold is None else ():
-            self.reveals[masked] = count
-            masked -= count
+        blocks = config.blocks(spec)
+        blocks = Blocks(config.block_length, "canvas") if blocks is None else blocks
+        number = blocks.number(prompt_mask, canvas_length)
+        self.column_block = number  # the block of each column of prompt ⊕ canvas, -1 for padding
+        self.first_block = number[:, -canvas_length]
+        # Positions that a row's first block lacks, where the prompt's last tokens stand in it.
+        counted = blocks.alignment == "position"
+        self.lead = prompt_mask.sum(dim=1) % blocks.size if counted else torch.zeros_like(self.block)
+        self.leads = self.lead.tolist() if counted else [0] * rows
+        # Tokens that a step reveals by the schedule, by the positions of the block and those masked before the step.
+        size = config.block_length
+        self.reveals = [[0] * (size + 1) for _ in range(size + 1)]
+        for length in range(1, size + 1):
+            masked = length
+            for count in config.schedule if config.confidence_threshold is None else ():
+                self.reveals[length][masked] = min(count, masked)
+                masked -= min(count, masked)
         self._reveals = torch.tensor(self.reveals, device=device)
         self._eos = torch.tensor(list(self.eos), dtype=torch.int64, device=device)
         # On the host: who is decoded and who waits for it, each row's masked positions, and what it revealed last.
@@ -103,8 +117,11 @@ class Denoising:
         if not self.running:
             return self.spare_forward()
         config, active = self.config, self.on_device(self.running)
-        columns = self.block[active, None] * config.block_length + self._arange(config.block_length)
-        candidates = self.unmask_step[active[:, None], columns] < 0  # (rows, block)
+        columns = self.block[active, None] * config.block_length - self.lead[active, None]
+        columns = columns + self._arange(config.block_length)
+        inside = (columns >= 0) & (columns < config.max_new_tokens)
+        columns = columns.clamp(0, config.max_new_tokens - 1)
+        candidates = inside & (self.unmask_step[active[:, None], columns] < 0)  # (rows, block)
         masked = [self.masked_in_block(row) for row in self.running]
         flat = which(candidates.flatten(), sum(masked))
         row, place = flat // config.block_length, flat % config.block_length
@@ -112,12 +129,14 @@ class Denoising:
         token, logp, value, support = self._draw(active, row, position)
 
         measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put((row, place), value)
-        kept = choose(measures, candidates, self._reveals[candidates.sum(dim=1)], config.confidence_threshold)
-        counts, ended = [self.reveals[count] for count in masked], [False] * len(masked)
+        reveals = self._reveals[inside.sum(dim=1), candidates.sum(dim=1)]
+        kept = choose(measures, candidates, reveals, config.confidence_threshold)
+        counts = [self.reveals[self.block_bounds(row)[1]][n] for row, n in zip(self.running, masked, strict=True)]
+        ended = [False] * len(masked)
         stops = bool(config.stop_at_eos and self.eos)
         if config.confidence_threshold is not None or (stops and any(map(int.__eq__, counts, masked))):
             tokens = self.tokens[active[:, None], columns].index_put((row, place), token)
-            eos = (tokens[..., None] == self._eos).any(dim=-1) & (kept | ~candidates)
+            eos = (tokens[..., None] == self._eos).any(dim=-1) & (kept | ~candidates) & inside
             counts, ended = torch.stack([kept.sum(dim=1), eos.any(dim=1)]).tolist()
         chosen = which(kept[row, place], sum(counts))
         row, position = active[row[chosen]], position[chosen]
@@ -129,17 +148,29 @@ class Denoising:
             self.support[row, position] = support
         self.on_reveal(row, position)
         self.taken[active] += 1
-        self.block[active] = (self.unmask_step[active] >= 0).sum(dim=1) // config.block_length
-        for number, count, end in zip(self.running, counts, ended, strict=True):
+        revealed = (self.unmask_step[active] >= 0).sum(dim=1)
+        self.block[active] = (revealed + self.lead[active]) // config.block_length
+        for number, before, count, end in zip(self.running, masked, counts, ended, strict=True):
             self.left[number] -= count
             self.last[number] = count
             # Earlier blocks hold no EOS, or the row would have stopped behind them.
-            if self.left[number] % config.block_length == 0 and (self.left[number] == 0 or (stops and end)):
+            if before == count and (self.left[number] == 0 or (stops and end) or self._stops(number)):
                 self.active.remove(number)
+
+    def _stops(self, row: int) -> bool:
+        """Whether `stop` finds the end in a row whose current block is complete."""
+        return self.stop is not None and self.stop(self.tokens[row, : len(self.tokens[row]) - self.left[row]].tolist())
+
+    def block_bounds(self, row: int) -> tuple[int, int]:
+        """First position of a row's current block, and its number of positions."""
+        size, canvas_length = self.config.block_length, self.config.max_new_tokens
+        start = (canvas_length - self.left[row] + self.leads[row]) // size * size - self.leads[row]
+        return max(start, 0), min(start + size, canvas_length) - max(start, 0)
 
     def masked_in_block(self, row: int) -> int:
         """Masked positions of a row's current block."""
-        return (self.left[row] - 1) % self.config.block_length + 1
+        start, length = self.block_bounds(row)
+        return start + length - (self.config.max_new_tokens - self.left[row])
 
     def on_device(self, rows: list[int]) -> Tensor:
         """Row numbers on the device, int64 (n,), copied when they change and without waiting for it."""
@@ -154,19 +185,27 @@ class Denoising:
 
     def attention(self, rows: Tensor) -> Attention:
         """Which columns of prompt ⊕ canvas each row of it attends to."""
-        return Attention.padding(self.valid[rows])
+        valid = self.valid[rows]
+        if self.config.future_blocks == "absent":
+            block = self.column_block[rows] - self.first_block[rows, None]
+            valid = valid & (block <= self.block[rows, None])
+        return Attention.padding(valid)
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce: Callable, *args: Tensor) -> Tensor:
         """Run `rows` and reduce the logits that predict each (rows[row], position), (n, C)."""
         prompt, tokens, spec = self.prompt_ids[rows], self.tokens[rows], self.spec
         ids, pattern, positions = torch.cat([prompt, tokens], dim=1), self.attention(rows), self.position_ids[rows]
         width = ids.shape[1]
+        if self.config.future_blocks == "absent":  # what no row has yet
+            width = prompt.shape[1] + max(sum(self.block_bounds(number)) for number in self.running)
+            tokens, ids, positions = tokens[:, : width - prompt.shape[1]], ids[:, :width], positions[:, :width]
+            pattern = pattern.map(lambda part: part[:, :width])
         head_rows = row * width + prompt.shape[1] + position - spec.logits_shift
         if self.config.cfg_scale > 0:
             # The unconditional twin of each row has its prompt masked, as in LLaDA; both are reduced together.
             masked = prompt.masked_fill(self.prompt_mask[rows], spec.mask_token_id)
             ids = torch.cat([ids, torch.cat([masked, tokens], dim=1)])
-            pattern, positions = Attention(pattern.level.repeat(2, 1)), positions.repeat(2, 1)
+            pattern, positions = pattern.map(lambda part: part.repeat(2, 1)), positions.repeat(2, 1)
             head_rows = torch.stack([head_rows, head_rows + len(rows) * width], dim=1)
         inputs = view_inputs(self.model, Layout(ids, positions, pattern))
         self.num_forwards += 1
@@ -231,9 +270,7 @@ class Denoising:
             logps=self.logps,
             counted=count_until_eos(self.tokens, self.unmask_step, self.eos),
             view_seed=self.seeds,
-            mask_token_id=self.spec.mask_token_id,
-            temperature=self.config.temperature,
-            steps=self.config.fixed_steps,
+            **self.config.facts(self.spec),
             num_forwards=self.num_forwards,
             flops=self.flops,
             support=self.support,
