@@ -46,7 +46,9 @@ NOT_RUN = {
         )
     },
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
+    "python benchmarks/any_order_loop.py": "tests/benchmarks/test_any_order.py runs it at toy size",
     "python benchmarks/loop.py": "tests/test_loop.py runs it",
+    "python benchmarks/rollout.py": "tests/benchmarks/test_rollout.py runs it at toy size",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
 

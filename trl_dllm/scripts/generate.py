@@ -35,7 +35,9 @@ def generation_parser(model_required: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="Weights' dtype.")
     parser.add_argument("--attn_implementation", help="eager, sdpa, flex_attention, …")
     parser.add_argument("--dry_run", action="store_true", help="Load no weights: print what decoding would cost.")
-    parser.add_argument("--batch_size", type=count, default=32, help="Rows decoded at a time.")
+    parser.add_argument(
+        "--batch_size", type=count, default=32, help="Rows decoded at a time; the next take finished ones' places."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (and of generated data).")
     return parser
 

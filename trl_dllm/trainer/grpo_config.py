@@ -154,7 +154,11 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
 
     # Decoding: beside the fields of DecodingArguments.
     sampler_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows decoded at a time on a device. None takes the whole generation batch."}
+        default=None,
+        metadata={
+            "help": "Rows decoded at a time on a device; as rows finish, the next take their places. None takes the "
+            "whole generation batch."
+        },
     )
 
     # Fields that TrainingArguments parses from a JSON string on the command line.
