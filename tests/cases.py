@@ -19,6 +19,7 @@ from trl_dllm.likelihood import (
     ExactTrajectory,
     MeanField,
     PseudoLikelihood,
+    SampledTrajectory,
     StepMerge,
     TokenScores,
     TrajectoryPseudoLikelihood,
@@ -45,6 +46,8 @@ TRAJECTORY = {
     "mean_field": MeanField(),
     "step_merge": StepMerge(3),
     "exact_trajectory": ExactTrajectory(),
+    "agrpo 2": SampledTrajectory(2),
+    "agrpo more than there are": SampledTrajectory(40),
     "any_order": AnyOrder(),
 }
 PKL = {

@@ -9,13 +9,12 @@ from dataclasses import asdict
 
 from trl_dllm.command import Parser, count, run_script
 from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
-from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
-from trl_dllm.tasks import TASKS, get_task
+from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, find_task, json_mapping
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
-    parser.add_argument("--task", required=True, choices=sorted(TASKS), help="Whose prompts are completed.")
+    parser.add_argument("--task", required=True, help="Whose prompts are completed: a name, or my_module.TASK.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
     parser.add_argument("--num_examples", type=count, default=64, help="Prompts, one completion each.")
     parser.add_argument(
@@ -54,7 +53,7 @@ def main(args: argparse.Namespace) -> list:
     config = generation_config(args)
     if config.cfg_scale:
         raise ValueError(f"cfg_scale={config.cfg_scale}: the estimators do not follow guidance; leave it at 0.")
-    task = get_task(args.task)
+    task = find_task(args.task)
     check_task_kwargs(task, args.task_kwargs)
     check_data_dir(args.data_dir)
     dataset = task.load(args.split, args.num_examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs)

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from trl import GRPOConfig
 
-from ..fields import check_kind, document_fields
+from ..fields import check_choice, check_kind, document_fields, imported
 from ..generation import DecodingArguments, DiffusionGenerationConfig, decoding_of
 from ..likelihood import ESTIMATORS, Estimator
 from ..models import PaperFlops, paper_flops
@@ -75,9 +75,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         default="step_merge",
         metadata={
             "help": "Which likelihood the loss is computed from: 'mean_field' (d1), 'step_merge' (d2), "
-            "'exact_trajectory', 'any_order' (d2, for any-order decoding), 'pkl', 'pkl_u' or 'pkl_t' (PADRE), 'elbo' "
-            "or 'coupled_elbo'.",
-            "choices": list(ESTIMATORS),
+            "'exact_trajectory', 'agrpo', 'any_order' (d2, for any-order decoding), 'pkl', 'pkl_u' or 'pkl_t' (PADRE), "
+            "'elbo' or 'coupled_elbo'; or the path of an Estimator of your own, 'my_module.MyEstimator'."
         },
     )
     num_segments: int | None = field(
@@ -296,6 +295,19 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
                 "old_logps='recompute'."
             )
 
+    def _estimator_class(self) -> type[Estimator]:
+        """The class that `estimator` names."""
+        if "." not in self.estimator:
+            check_choice("estimator", self.estimator, ESTIMATORS)
+            return ESTIMATORS[self.estimator]
+        found = imported("estimator", self.estimator)
+        if not isinstance(found, type) or not issubclass(found, Estimator):
+            what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+            raise ValueError(
+                f"estimator: {self.estimator!r} is {what}, and must be a subclass of trl_dllm.likelihood.Estimator."
+            )
+        return found
+
     def build_estimator(self) -> Estimator:
         """The estimator that the fields describe; sets `num_segments` to what it takes, None if it takes none.
 
@@ -303,13 +315,17 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         that argument ignores it: `--estimator mean_field` works over a recipe that sets it.
 
         Raises:
-            ValueError: an argument that the estimator does not have, two numbers of segments, or more segments than
-                decoding steps.
+            ValueError: a name or a path of no estimator, an argument that it does not have or that is missing, two
+                numbers of segments, or more segments than decoding steps.
         """
-        estimator, kwargs = ESTIMATORS[self.estimator], self.estimator_kwargs or {}
+        estimator, kwargs = self._estimator_class(), self.estimator_kwargs or {}
         if not isinstance(kwargs, dict):
             raise ValueError(f"estimator_kwargs={kwargs!r} must be a mapping, such as {{'num_samples': 2}}.")
-        known, hints = list(inspect.signature(estimator).parameters), get_type_hints(estimator.__init__)
+        parameters, hints = inspect.signature(estimator).parameters, get_type_hints(estimator.__init__)
+        known = list(parameters)
+        for name, parameter in parameters.items():
+            if parameter.default is parameter.empty and name not in kwargs and name != "num_segments":
+                raise ValueError(f"estimator_kwargs={kwargs!r}: {self.estimator!r} needs the argument {name!r}.")
         for name in kwargs:
             if name not in known:
                 near = get_close_matches(name, known, n=1)

@@ -421,8 +421,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             self._window_step = self.state.global_step
         rollout = from_batch(inputs, self.spec.mask_token_id, self.temperature, self.sampling.fixed_steps)
         if self.estimator.sub_samples(self.max_completion_length):
-            scored = self.estimator.scored(rollout, rollout.view_seed, draw)
-            inputs["completion_mask"] = sub_sample_weights(inputs["completion_mask"], scored)
+            drawn = (rollout, rollout.view_seed, draw)
+            scored, weights = self.estimator.scored(*drawn), self.estimator.sampling_weights(*drawn)
+            inputs["completion_mask"] = sub_sample_weights(inputs["completion_mask"], scored, weights)
         plan, forwards = self._plan(rollout, draw, inputs)
 
         def score(number: int) -> TokenScores:

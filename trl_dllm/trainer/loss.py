@@ -62,16 +62,21 @@ def token_weights(trainer, inputs: dict) -> Tensor:
     raise ValueError(f"loss_type={trainer.loss_type!r}: it is not known how this loss averages over tokens.")
 
 
-def sub_sample_weights(mask: Tensor, scored: Tensor) -> Tensor:
-    """Loss mask of sub-sampled rows, float (B, L): n / k on each of the k scored of n counted positions, else 0.
+def sub_sample_weights(mask: Tensor, scored: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Loss mask of sub-sampled rows, float (B, L): `weights` on the k scored of n counted positions, None for n / k.
 
     A row's weights still sum to n, so every normaliser of TRL's losses is what it is with all positions scored, and
-    the expected gradient is the full estimator's for every token-separable loss.
+    the expected gradient is the full estimator's for every token-separable loss. What `weights` leave of n, or take
+    beyond it, is spread over the positions that are not scored: their ratio is 1, and they have no gradient.
     """
     mask = mask.bool()
     scored = scored & mask
-    number = scored.sum(dim=1, keepdim=True).clamp(min=1)
-    return scored.float() * mask.sum(dim=1, keepdim=True) / number
+    number = mask.sum(dim=1, keepdim=True)
+    if weights is None:
+        return scored.float() * number / scored.sum(dim=1, keepdim=True).clamp(min=1)
+    weights = weights.float() * scored
+    rest, others = number - weights.sum(dim=1, keepdim=True), mask & ~scored
+    return weights + others * rest / others.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def wd1_weights(advantages: Tensor) -> Tensor:

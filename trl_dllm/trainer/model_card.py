@@ -67,12 +67,20 @@ DIFFUCODER = Paper(
     "2506.20639",
     "2025",
 )
+AGRPO = Paper(
+    "zhan2025agrpo",
+    "Simple Policy Gradients for Reasoning with Diffusion Language Models",
+    "Zhan, Anthony",
+    "2510.04019",
+    "2025",
+)
 
 # Of every estimator and objective.
 PAPERS = {
     "mean_field": D1,
     "step_merge": D2,
     "exact_trajectory": D2,
+    "agrpo": AGRPO,
     "any_order": D2,
     "pkl": PADRE,
     "pkl_u": PADRE,
