@@ -85,7 +85,11 @@ def imported(name: str, path: str) -> Any:
         ) from error
     if not hasattr(found, attribute):
         near = get_close_matches(attribute, dir(found), n=1)
-        hint = f"did you mean {module}.{near[0]}?" if near else f"it is read from {getattr(found, '__file__', 'Python itself')}."
+        hint = (
+            f"did you mean {module}.{near[0]}?"
+            if near
+            else f"it is read from {getattr(found, '__file__', 'Python itself')}."
+        )
         raise ValueError(f"{name}: {path!r} cannot be imported: {module} has no {attribute!r}; {hint}")
     return getattr(found, attribute)
 

@@ -210,7 +210,7 @@ def test_a_threshold_has_no_schedule(models):
     assert rollout.steps is None and torch.equal(rollout.scheduled_steps, rollout.num_steps)
 
 
-# ------------------------------------------------------------------------------------------- weights that do not add up
+# ------------------------------------------------------------------------------------------ weights that do not add up
 
 
 class Weighing(PseudoLikelihood):

@@ -216,7 +216,7 @@ def test_identity_2_on_a_fresh_model(family):
     assert p[MASK] == 0 and abs(scores.logps.exp().mean().item() - 1 / (VOCAB - 1)) < 1e-3
 
 
-# ------------------------------------------------------------------------------------------- some steps of the exact one
+# ----------------------------------------------------------------------------------------- some steps of the exact one
 
 
 @pytest.mark.parametrize("number", [1, 2, 4, 40])

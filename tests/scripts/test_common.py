@@ -85,7 +85,7 @@ def test_an_interrupted_run_resumes_from_its_last_checkpoint(tmp_path, tiny_chec
     assert rewards[0] == rewards[1] and losses[0] == losses[1] and len(losses[0]) == 3
 
 
-# -------------------------------------------------------------------------------------- an estimator and a task of one's own
+# -------------------------------------------------------------------------------- an estimator and a task of one's own
 
 MINE = """
 from datasets import Dataset
@@ -100,7 +100,8 @@ class Halves(StepMerge):
 
 
 def load(split, num_examples, seed=0, prompt_format="text", data_dir=None, letters: str = "ab"):
-    return Dataset.from_dict({"prompt": [letters] * (num_examples or 3), "completion": [letters] * (num_examples or 3)})
+    number = num_examples or 3
+    return Dataset.from_dict({"prompt": [letters] * number, "completion": [letters] * number})
 
 
 def same(completions, **kwargs):
@@ -123,9 +124,7 @@ def mine(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_an_estimator_and_a_task_of_ones_own_are_trained_and_evaluated_by_their_paths(
-    mine, tiny_checkpoint, capsys
-):
+def test_an_estimator_and_a_task_of_ones_own_are_trained_and_evaluated_by_their_paths(mine, tiny_checkpoint, capsys):
     """Dry run, run, fingerprint and card; in a recipe, and on the command line."""
     own = {"task": "my_letters.TASK", "task_kwargs": {"letters": "abc"}, "estimator": "my_letters.Halves"}
     recipe = write_recipe(
@@ -134,7 +133,7 @@ def test_an_estimator_and_a_task_of_ones_own_are_trained_and_evaluated_by_their_
     cli.main(["grpo", "--config", recipe, "--dry_run", "true"])
     assert re.search(r"views a completion\W+2\b", capsys.readouterr().out)
     cli.main(["grpo", "--config", recipe, "--estimator_kwargs", '{"cuts": 2}'])
-    saved = json.loads((mine / "out" / "trl_dllm.json").read_text())["meaning"]
+    saved = json.loads((mine / "out" / "fingerprint.json").read_text())["meaning"]
     assert saved["estimator"] == "my_letters.Halves" and saved["estimator_kwargs"] == {"cuts": 2}
     assert saved["task"] == "my_letters.TASK" and saved["reward_funcs"] == ["my_letters.same"]
     assert "- Likelihood: `Halves`" in (mine / "out" / "README.md").read_text()
@@ -154,9 +153,15 @@ def test_an_estimator_and_a_task_of_ones_own_are_trained_and_evaluated_by_their_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "my_letters.TASKS"}, r"task: 'my_letters.TASKS' cannot be imported: .* did you mean my_letters.TASK"),
+        (
+            {"task": "my_letters.TASKS"},
+            r"task: 'my_letters.TASKS' cannot be imported: .* did you mean my_letters.TASK",
+        ),
         ({"task": "my_letters.load"}, r"task: 'my_letters.load' is a function, and must be an instance of .*Task"),
-        ({"task": "my_letters.TASK", "task_kwargs": {"lettres": "a"}}, r"no argument 'lettres'; did you mean 'letters'"),
+        (
+            {"task": "my_letters.TASK", "task_kwargs": {"lettres": "a"}},
+            r"no argument 'lettres'; did you mean 'letters'",
+        ),
         ({"task": "my_letters.TASK", "task_kwargs": {"letters": 3}}, r"task_kwargs: letters=3 must be a string"),
     ],
     ids=str,

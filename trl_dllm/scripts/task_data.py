@@ -31,7 +31,9 @@ def find_task(name: str) -> Task:
         return get_task(name)
     found = imported("task", name)
     if not isinstance(found, Task):
-        raise ValueError(f"task: {name!r} is a {type(found).__name__}, and must be an instance of trl_dllm.tasks.Task.")
+        raise ValueError(
+            f"task: {name!r} is a {type(found).__name__}, and must be an instance of trl_dllm.tasks.Task."
+        )
     return found
 
 

@@ -75,8 +75,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         default="step_merge",
         metadata={
             "help": "Which likelihood the loss is computed from: 'mean_field' (d1), 'step_merge' (d2), "
-            "'exact_trajectory', 'agrpo', 'any_order' (d2, for any-order decoding), 'pkl', 'pkl_u' or 'pkl_t' (PADRE), "
-            "'elbo' or 'coupled_elbo'; or the path of an Estimator of your own, 'my_module.MyEstimator'."
+            "'exact_trajectory', 'agrpo', 'any_order' (d2, for any-order decoding), 'pkl', 'pkl_u' or 'pkl_t' "
+            "(PADRE), 'elbo' or 'coupled_elbo'; or the path of an Estimator of your own, 'my_module.MyEstimator'."
         },
     )
     num_segments: int | None = field(
