@@ -178,7 +178,8 @@ def port(tmp_path, monkeypatch):
     """A server on the page's model, started with the page's arguments and a free port."""
     monkeypatch.chdir(tmp_path)
     cli.main(["init-tiny", "runs/tiny_llada/init", "--hidden_size", "16", "--num_layers", "1"])
-    (command,) = [content.split() for language, content, _ in blocks(SERVED.read_text()) if language == "bash"]
+    printed = [content for language, content, _ in blocks(SERVED.read_text()) if language == "bash"]
+    (command,) = [words for content in printed for words in commands(content) if words[0] == "python"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     server = subprocess.Popen(
         [sys.executable, str(ROOT / command[1]), *command[2:], "--port", "0"],

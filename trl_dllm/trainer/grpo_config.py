@@ -155,6 +155,14 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         default=None, metadata={"help": "Rows decoded at a time on a device. None takes the whole generation batch."}
     )
 
+    save_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the completions of training are written to output_dir/_rollouts as JSON lines: text, "
+            "tokens, the step that revealed each, and log-probs (docs/engines.md)."
+        },
+    )
+
     # Fields that TrainingArguments parses from a JSON string on the command line.
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]  # noqa: RUF012  declared as TRL does
 

@@ -56,6 +56,7 @@ from .loss import (
 from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch
 from .model_card import complete_card
 from .old_and_reference import add_logps
+from .records import save_rollout
 from .reference import load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
 from .rewards import give_trajectory
@@ -251,6 +252,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
         (rollout, self._rollout), (rewards, self._rewards) = (self._rollout, None), (self._rewards, None)
+        save_rollout(self, rollout)
         if self.args.loss_tokens == "canvas":
             rollout = replace(rollout, counted=rollout.revealed)
 
