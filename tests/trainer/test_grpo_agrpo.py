@@ -8,7 +8,7 @@ from helpers_grpo import OneGraphTrainer, as_rollout
 from test_grpo_padre import CANVAS, KL, SEPARABLE, gradient, make_trainer, micro_batch, with_old_and_ref
 
 import trl_dllm.likelihood.trajectory
-import trl_dllm.trainer.grpo_trainer
+import trl_dllm.trainer.loss
 from trl_dllm import DiffusionGRPOTrainer
 from trl_dllm.likelihood import ExactTrajectory, SampledTrajectory
 
@@ -91,7 +91,7 @@ def test_identity_6_fails_if_steps_are_weighted_by_their_tokens(monkeypatch, tmp
 def test_identity_6_fails_if_the_rest_is_not_made_up_for(monkeypatch, tmp_path, loss_type):
     """The control: T / K alone changes the normalisers of these losses."""
     monkeypatch.setattr(
-        trl_dllm.trainer.grpo_trainer, "sub_sample_weights", lambda mask, scored, weights: mask * scored * weights
+        trl_dllm.trainer.loss, "sub_sample_weights", lambda mask, scored, weights: mask * scored * weights
     )
     _, error = mean_and_exact(monkeypatch, tmp_path, SampledTrajectory(1), loss_type=loss_type)
     assert error > 1e-2

@@ -14,7 +14,7 @@ from ..likelihood import ESTIMATORS, Estimator
 from ..models import PaperFlops, paper_flops
 from ..rollout import Rollout
 from .engine import CORRECTIONS
-from .loss import LOSSES
+from .loss import LEVELS, LOSSES
 from .settings import check_settings, name_checkpointing
 from .stock import Refused, refuse, take_over
 
@@ -42,7 +42,7 @@ _ELSEWHERE = (*_REFUSED, "redraw_views", *(f.name for f in fields(DecodingArgume
 # What TRL declares as any string, and compares with these while it trains.
 _CHOICES = {
     "loss_type": LOSSES,
-    "importance_sampling_level": ("token", "sequence"),
+    "importance_sampling_level": LEVELS,
     "vllm_importance_sampling_mode": CORRECTIONS,
     "scale_rewards": ("group", "batch", "none", True, False),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
@@ -61,6 +61,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
     - `max_completion_length` is the canvas length L.
     - `loss_type` may also be `"wd1"`: -Σ_i w⁺_i log π(y_i) + Σ_i w⁻_i log π(y_i) over each group, w± = softmax(±A),
       averaged over groups and divided by the canvas length; no ratio, no reference and no old log-probs.
+    - `importance_sampling_level` may also be `"sequence_token"` (GSPO-token): the ratio of a sequence, at which each
+      token has a gradient of its own, so that advantages may differ between its tokens.
     - `use_bias_correction_kl` does not apply to `kl_estimator="full"`.
     - Options that a diffusion sampler would ignore, or that bypass it, are refused.
     """
@@ -238,6 +240,13 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             raise ValueError(
                 "kl_estimator='full' with beta=0: there is no KL term to estimate. Set beta (0.04 in d2)."
             )
+        level, threshold = self.importance_sampling_level, self.off_policy_mask_threshold
+        if level == "sequence_token" and (threshold is not None or self.loss_type in ("luspo", "vespo")):
+            name = "loss_type" if threshold is None else "off_policy_mask_threshold"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} with importance_sampling_level={level!r}: it needs the old policy's "
+                "own log-probs of tokens. Set importance_sampling_level='sequence'."
+            )
         if self.sync_ref_model and self.beta == 0 and self.ratio_denominator != "ref":
             raise ValueError("sync_ref_model=True with beta=0: there is no reference to synchronise. Set beta.")
         if self.loss_type != "wd1":
@@ -258,7 +267,7 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         """
         if estimator.sub_samples(self.canvas_length):
             for name, value, wrong in (
-                ("importance_sampling_level", self.importance_sampling_level, "sequence"),
+                *(("importance_sampling_level", self.importance_sampling_level, level) for level in LEVELS[1:]),
                 ("loss_type", self.loss_type, "luspo"),
                 ("loss_type", self.loss_type, "vespo"),
             ):
