@@ -66,7 +66,7 @@ PKL_UNSHIFTED = {  # refused for families with shifted logits
     "pkl_u isolated": BlockPseudoLikelihood(3, 2, "isolated"),
     "pkl_u isolated partition": BlockPseudoLikelihood(4, "partition", "isolated"),
 }
-ELBO = {"elbo": Elbo(3), "coupled_elbo": CoupledElbo(4)}
+ELBO = {"elbo": Elbo(3), "elbo stratified": Elbo(3, stratified=True), "coupled_elbo": CoupledElbo(4)}
 
 
 def rollout_for_tests(seed: int = 0, **kwargs) -> Rollout:
