@@ -1,6 +1,6 @@
 """How a completion's log-probs are computed: estimators, and the scorer that runs their views."""
 
-from ..noise import Purpose, random_ranks
+from ..noise import Purpose, random_ranks, uniform
 from .any_order import AnyOrder
 from .elbo import CoupledElbo, Elbo
 from .plan import Plan, compact, counted_view
@@ -51,4 +51,5 @@ __all__ = [
     "score_view",
     "segment_view",
     "token_logps",
+    "uniform",
 ]
