@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from cases import MASK, VOCAB, rollout_for_tests, sample
+from oracles import sharp_model
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
 from trl_dllm.likelihood import AnyOrder, ExactTrajectory, token_logps
@@ -58,6 +59,21 @@ def test_what_is_read_is_what_was_written(models, tmp_path, settings):
         scores = token_logps(model, found, estimator)
     assert torch.equal(scores.logps, token_logps(model, rollout, estimator).logps)
     torch.testing.assert_close(scores.logps, found.logps * found.counted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("alignment", ["position", "canvas"])
+def test_blocks_are_read_back_too(tmp_path, alignment):
+    """Of a block-causal model; a canvas that the model was shown in blocks is scored in the same."""
+    model, path = sharp_model("sdar", block_size=4), tmp_path / "rollouts.jsonl"
+    model.config.block_alignment = alignment
+    rollout = sample(model, block_length=4, cache="exact", diffusion_steps=9, temperature=0.8)
+    write_rollout(path, rollout)
+    found = read_rollout(path, rollout.mask_token_id)
+    same(found, rollout)
+    assert found.blocks == rollout.blocks and found.blocks.alignment == alignment
+    with torch.no_grad():
+        scores = token_logps(model, found, ExactTrajectory())
+    torch.testing.assert_close(scores.logps, rollout.logps * rollout.counted, atol=1e-4, rtol=0, check_dtype=False)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -139,6 +155,10 @@ def test_a_foreign_line_needs_three_fields(tmp_path):
         ({"support": [[7], [8], [1], []]}, "support stands in some lines and not in others"),
         ({"support": [[7], [9], [1], []]}, r"support\[1\] leaves out the token that was drawn, 8"),
         ({"support": [[7], [8]]}, "support has 2 entries"),
+        ({"blocks": 4}, "blocks=4 must be null or say size, alignment and causal"),
+        ({"blocks": {"size": 0, "causal": True}}, "blocks: size=0 must be a whole number of at least 1"),
+        ({"blocks": {"size": 2, "causal": True, "alignment": "left"}}, "block_alignment='left' is unknown"),
+        ({"blocks": {"size": 2, "causal": True}, "step_maps": [2, 1, 1, 0]}, "step 0 revealed a position of block 1"),
         ({"support": [7, 8, 1, 3]}, r"support\[0\]=7 must be a list of ids"),
     ],
     ids=str,

@@ -9,6 +9,7 @@ A line is a completion:
 - `logprobs`: nats at `temperature` that they were drawn with, one for each position of the canvas or of the
   completion, null where there is none;
 - `mask_token_id`, `temperature` (1 if missing), `steps` of the schedule (null if each row took its own number);
+- `blocks`, of a block-causal model or a canvas that grew: the fields of `Blocks`;
 - `support`, where the draw was truncated (top-k, top-p, min-p): the tokens that could be drawn, a list a position;
 - `decoding`, which says whose log-probs `trl-dllm report` compares with ("denoising" if missing);
 - `prompt` and `completion` as text, and whatever else: nobody reads it.
@@ -19,12 +20,14 @@ A trace is taken as it is or refused, never repaired.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
 from .noise import Purpose, hash64
 from .rollout import Rollout, left_pad, widen
 
@@ -61,6 +64,7 @@ def write_rollout(path: str | Path, rollout: Rollout, tokenizer=None, **facts: A
             "mask_token_id": rollout.mask_token_id,
             "temperature": rollout.temperature,
             "steps": rollout.steps,
+            "blocks": None if rollout.blocks is None else asdict(rollout.blocks),
         }
         if rollout.support is not None:
             line["support"] = [[token for token in tokens if token >= 0] for tokens in rollout.support[row].tolist()]
@@ -88,7 +92,7 @@ def read_rollout(path: str | Path, mask_token_id: int | None = None, vocab_size:
     rows = [_read_line(where, line, lines[0][1], mask_token_id, vocab_size) for where, line in lines]
     first = rows[0]
     for (where, _), row in zip(lines, rows, strict=True):
-        for name in ("mask_token_id", "temperature", "steps"):
+        for name in ("mask_token_id", "temperature", "steps", "blocks"):
             if row[name] != first[name]:
                 raise ValueError(f"{where}{name}={row[name]} differs from the first line's, {first[name]}.")
         if (row["support"] is None) != (first["support"] is None):
@@ -108,6 +112,7 @@ def read_rollout(path: str | Path, mask_token_id: int | None = None, vocab_size:
         mask_token_id=first["mask_token_id"],
         temperature=first["temperature"],
         steps=first["steps"],
+        blocks=first["blocks"],
         support=support,
     ).validate()
 
@@ -166,7 +171,11 @@ def _read_line(
     if "completion_ids" in line:
         counted = revealed & (revealed.cumsum(dim=0) <= len(line["completion_ids"]))
     completion = line.get("completion_ids", canvas[revealed].tolist())
-    check_trace(where, canvas, taken, counted, 0, completion, mask, length)
+    blocks = _read_blocks(where, line.get("blocks"))
+    number = torch.zeros(length, dtype=torch.int64)
+    if blocks is not None:
+        number = blocks.number(torch.ones(1, len(line["prompt_ids"]), dtype=torch.bool), length)[0, -length:]
+    check_trace(where, canvas, taken, counted, 0, completion, mask, number, length if blocks is None else blocks.size)
     steps = None if line.get("steps") is None else _number(where, "steps", line["steps"], int, 1)
     if steps is not None and int(taken.max()) >= steps:
         raise ValueError(f"{where}step_maps goes up to {int(taken.max()) + 1}, and steps={steps}.")
@@ -194,8 +203,22 @@ def _read_line(
         "mask_token_id": mask,
         "temperature": _number(where, "temperature", line.get("temperature", 1.0), float, 0),
         "steps": steps,
+        "blocks": blocks,
         "support": support,
     }
+
+
+def _read_blocks(where: str, value: Any) -> Blocks | None:
+    """The field of that name."""
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not isinstance(value.get("causal"), bool):
+        raise ValueError(f"{where}blocks={value!r} must be null or say size, alignment and causal.")
+    size = _number(where, "blocks: size", value.get("size"), int, 1)
+    try:
+        return Blocks(size, value.get("alignment", "position"), value["causal"])
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
 
 
 def _number(where: str, name: str, value: Any, kind: type, least: float) -> Any:
@@ -226,6 +249,7 @@ def check_trace(
     end: int,
     completion: list[int],
     mask_token_id: int,
+    blocks: Tensor,
     block_length: int,
 ) -> None:
     """Refuse a row whose steps are not those of a canvas that was revealed once, block by block, up to its EOS."""
@@ -257,7 +281,7 @@ def check_trace(
             "an engine that revises tokens has no such trace."
         )
     last = -1
-    for number, block in enumerate(steps.view(-1, block_length)):
+    for number, block in enumerate(steps[blocks == n] for n in blocks.unique()):
         taken = block[block >= 0]
         if len(taken) and int(taken.min()) <= last:
             raise ValueError(

@@ -241,6 +241,27 @@ def test_sampled_steps_have_the_exact_trajectorys_log_probs(models, family, numb
     assert shortened, "a row with steps that revealed nothing counted"
 
 
+@pytest.mark.parametrize("number", [1, 2, 40])
+@pytest.mark.parametrize("alignment", ["position", "canvas"])
+def test_steps_of_a_block_causal_model_are_drawn_for_all_blocks_at_once(alignment, number):
+    """Of the steps that blocks replay beside each other, K; scored as the exact trajectory's, in K forwards."""
+    model = sharp_model("sdar", block_size=4)
+    model.config.block_alignment = alignment
+    rollout = whole_canvas(sample(model, block_length=4, cache="exact", diffusion_steps=9, temperature=1.0))
+    step, _ = rollout.replayed_steps()
+    estimator = SampledTrajectory(number)
+    with torch.no_grad():
+        exact = token_logps(model, rollout, ExactTrajectory(), iteration=1)
+        scores = token_logps(model, rollout, estimator, iteration=1)
+    torch.testing.assert_close(scores.logps, exact.logps.masked_fill(~scores.scored, 0), atol=1e-9, rtol=0)
+    weights = estimator.sampling_weights(rollout, rollout.view_seed, 1)
+    for row in range(len(rollout)):
+        drawn, steps = set(step[row][scores.scored[row]].tolist()), set(step[row].tolist())
+        assert len(drawn) == min(number, len(steps)) and weights[row, 0].item() == len(steps) / len(drawn)
+        assert torch.equal(scores.scored[row], torch.isin(step[row], torch.tensor(sorted(drawn))))
+    assert estimator.num_views(rollout) == min(number, int(step.max()) + 1) < int(rollout.num_steps.max())
+
+
 def test_every_set_of_steps_is_drawn_equally_often():
     """Four steps of 1, 1, 2 and 1 counted tokens, of which two are drawn; a fifth revealed nothing counted."""
     rollout = many_rows(6000, counted=(1, 1, 1, 1, 1, 0))

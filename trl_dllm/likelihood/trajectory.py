@@ -12,6 +12,9 @@ It scores the positions revealed in its segment, b_n <= s < b_{n+1}, so that
 
 With N = 1 everything is predicted from an empty canvas (d1's mean field, Remark 3.4); with N >= T every token is
 scored on the canvas that it was drawn from, which is exact.
+
+In a block-causal model the T steps are those of each block, and s_i counts from the block's first: all blocks are cut
+at once, and the error stays inside a block (docs/methods.md §2.8).
 """
 
 import torch
@@ -23,10 +26,13 @@ from .view import Estimator, View, canvas_view
 
 
 def segment_view(rollout: Rollout, start: Tensor, end: Tensor) -> View:
-    """The canvas before decoding step `start`, scoring the positions revealed in steps [start, end); both (B,)."""
-    step = rollout.unmask_step
-    before = (step >= 0) & (step < start[:, None])
-    segment = (step >= start[:, None]) & (step < end[:, None])
+    """The canvas before step `start` of those it replays, scoring what steps [start, end) revealed.
+
+    Both are (B, L), or (B, 1) where all positions of a row have the same.
+    """
+    step, _ = rollout.replayed_steps()
+    before = (step >= 0) & (step < start)
+    segment = (step >= start) & (step < end)
     return canvas_view(rollout, visible=before, scored=segment)
 
 
@@ -52,7 +58,7 @@ class StepMerge(Estimator):
         return self.num_segments
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
-        steps, segments = rollout.scheduled_steps, self.num_segments
+        (_, steps), segments = rollout.replayed_steps(), self.num_segments
         # Beyond the last view the segment begins behind the last step, and scores nothing.
         return segment_view(rollout, start=n * steps // segments, end=(n + 1) * steps // segments)
 
@@ -71,26 +77,28 @@ class ExactTrajectory(Estimator):
     """The exact trajectory likelihood of any model (d2 Eq. 7; CJ-GRPO; DDPO): StepMerge with one cut a step.
 
     Equals the sampler's own log-probs when scored at the sampling temperature with an unperturbed prompt. Costs as
-    many forwards of P + L tokens as the slowest row took steps.
+    many forwards of P + L tokens as the slowest row took steps; for a block-causal model, of P + 2L tokens and as
+    many as the slowest block took.
     """
 
     replays = exact_for = ("denoising",)
 
     def num_views(self, rollout: Rollout) -> int:
-        return max(1, int(rollout.num_steps.max()))
+        return max(1, int(rollout.replayed_steps()[0].max()) + 1)
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
-        start = torch.full_like(rollout.num_steps, n)
+        start = torch.full_like(rollout.unmask_step, n)
         return segment_view(rollout, start, end=start + 1)  # scores nothing in a row that took fewer steps
 
 
 class SampledTrajectory(Estimator):
     """AGRPO: K of the steps of the exact trajectory, drawn anew in each iteration (Zhan, arXiv 2510.04019).
 
-    A row has T steps that revealed a counted token. Without replacement K of them are drawn, and their tokens scored
-    as `ExactTrajectory` does. In the loss each counts T / K, so that for token-level losses the expected gradient is
-    the exact trajectory's. (n / k, by tokens, would be biased where steps reveal unequal numbers.) Costs K forwards of
-    P + L tokens a row; K >= T is `ExactTrajectory`.
+    A row has T steps that revealed a counted token (in a block-causal model, T of the steps that all blocks replay at
+    once). Without replacement K of them are drawn, and their tokens scored as `ExactTrajectory` does. In the loss each
+    counts T / K, so that for token-level losses the expected gradient is the exact trajectory's. (n / k, by tokens,
+    would be biased where steps reveal unequal numbers.) Costs K forwards of P + L tokens a row, of P + 2L for a
+    block-causal model; K >= T is `ExactTrajectory`.
 
     Args:
         num_steps (`int`): K, steps of a row that are scored.
@@ -110,15 +118,16 @@ class SampledTrajectory(Estimator):
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
         chosen = (self._ranks(rollout, seeds, iteration) == n) & (n < self.num_steps)
         # A row with fewer steps begins behind its last one, and scores nothing.
-        start = torch.where(chosen.any(dim=1), chosen.long().argmax(dim=1), chosen.shape[1])
+        start = torch.where(chosen.any(dim=1), chosen.long().argmax(dim=1), chosen.shape[1])[:, None]
         return segment_view(rollout, start, end=start + 1)
 
     def sub_samples(self, canvas_length: int) -> bool:
         return self.num_steps < canvas_length
 
     def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
-        ranks = self._ranks(rollout, seeds, iteration)
-        return rollout.revealed & (ranks.gather(1, rollout.unmask_step.clamp(min=0)) < self.num_steps)
+        step, _ = rollout.replayed_steps()
+        ranks = self._ranks(rollout, seeds, iteration).gather(1, step.clamp(min=0))
+        return rollout.revealed & (ranks < self.num_steps)
 
     def sampling_weights(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         number = _counted_steps(rollout).sum(dim=1, keepdim=True)
@@ -133,7 +142,5 @@ class SampledTrajectory(Estimator):
 
 def _counted_steps(rollout: Rollout) -> Tensor:
     """Steps that revealed a counted token, bool (B, L): there are no more steps than positions."""
-    steps = torch.zeros_like(rollout.unmask_step).scatter_add(
-        1, rollout.unmask_step.clamp(min=0), rollout.counted.long()
-    )
-    return steps > 0
+    step, _ = rollout.replayed_steps()
+    return torch.zeros_like(step).scatter_add(1, step.clamp(min=0), rollout.counted.long()) > 0

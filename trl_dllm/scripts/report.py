@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> list:
     model, rollout, facts = _stored(args) if args.rollouts else _drawn(args)
     if args.loss_tokens == "canvas":
         rollout = replace(rollout, counted=rollout.revealed)
-    estimators = default_estimators(rollout, MaskedDiffusionSpec.from_model(model).logits_shift, args.block_size)
+    estimators = default_estimators(rollout, MaskedDiffusionSpec.from_model(model), args.block_size)
     exact = exact_estimator(facts["generation"]["decoding"])
     lines = likelihood_report(model, rollout, estimators, exact=exact, batch_size=args.batch_size)
     mean, steps = (number.float().mean() for number in (rollout.counted.sum(dim=1), rollout.num_steps))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks import Blocks
 from ..likelihood import AnyOrder, Estimator, ExactTrajectory
 from ..models.spec import check_positions
 from ..rollout import Rollout, count_until_eos, left_pad
@@ -102,7 +103,9 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
                 "one row (they come repeated num_generations times)."
             )
     args, spec, device = trainer.args, trainer.spec, trainer.accelerator.device
-    steps = trainer.sampling.fixed_steps
+    facts = trainer.sampling.facts(spec)
+    steps = facts["steps"]
+    blocks = facts["blocks"] or Blocks(trainer.sampling.block_length, "canvas")
     length, vocabulary = args.canvas_length, trainer.model.config.get_text_config().vocab_size
     for row, prompt in enumerate(output["prompt_ids"]):
         where = f"rollout_func: row {row}: "
@@ -131,7 +134,8 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
             int(ends[row]),
             list(output["completion_ids"][row]),
             spec.mask_token_id,
-            trainer.sampling.block_length,
+            blocks.number(torch.ones(1, len(output["prompt_ids"][row]), dtype=torch.bool), length)[0, -length:],
+            blocks.size,
         )
     logprobs = output["logprobs"] if output["logprobs"] is not None else [None] * rows
     logps = torch.zeros(rows, length)
@@ -151,9 +155,7 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
         logps=logps,
         counted=counted,
         view_seed=trainer._row_seeds(rows, "cpu"),
-        mask_token_id=spec.mask_token_id,
-        temperature=args.temperature,
-        steps=steps,
+        **facts,
     )
     return rollout.to(device)
 
