@@ -75,6 +75,20 @@ def test_any_order_sft_of_llada_8b_is_d2s(stage):
     assert model_args.model_name_or_path == before
 
 
+def test_masked_sft_on_s1k_is_d1s():
+    """d1's released code, and its tiny twin's loss."""
+    script_args, args, model_args = parse("llada_8b/sft/s1k_d1")
+    assert (args.objective, args.loss_weight, args.learning_rate) == ("masked_diffusion", "1/t", 1e-5)
+    assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (128, 256, 0.05)
+    assert model_args.use_peft and model_args.lora_target_modules == ["q_proj", "k_proj", "v_proj"]
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+    assert (args.num_train_epochs, args.max_length, args.weight_decay, args.max_grad_norm) == (20, 4096, 0.1, 1.0)
+    assert args.load_best_model_at_end and args.metric_for_best_model == "eval_loss"
+    assert script_args.dataset_name.startswith("your-name/"), "a placeholder"
+    _, tiny, _ = parse("tiny_llada/sft/sudoku_d1")
+    assert (tiny.objective, tiny.loss_weight) == (args.objective, args.loss_weight)
+
+
 def test_vrpo_of_llada_8b_is_the_papers():
     """LLaDA 1.5: 8 draws, beta 0.2, an SFT loss of 0.05, batches of 64 pairs; the tiny twin has its likelihood."""
     script_args, args, model_args = parse("llada_8b/dpo/vrpo")

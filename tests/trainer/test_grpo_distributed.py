@@ -181,6 +181,7 @@ ESTIMATOR_SETTINGS: dict[str, dict] = {
     "mean_field": {},
     "step_merge": {"num_segments": 4},
     "exact_trajectory": {"confidence_threshold": 0.02, "block_length": 8},
+    "agrpo": {"estimator_kwargs": {"num_steps": 3}},
     "any_order": {"decoding": "any_order", "cache": "exact"},
     "pkl": {},
     "pkl_u": {"estimator_kwargs": {"block_size": 3, "num_views": "partition"}},

@@ -27,8 +27,7 @@ from trl_dllm.identity import model_identity
 from trl_dllm.processes import on_main_process, say
 from trl_dllm.reports.dry_run import dry_run_decoding
 from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
-from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
-from trl_dllm.tasks import TASKS, get_task
+from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, find_task, json_mapping
 
 
 D1_LENGTHS = (128, 256, 512)
@@ -41,7 +40,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[generation_parser(model_required=False)],
     )
-    parser.add_argument("--task", required=True, choices=sorted(TASKS), help="What to evaluate on.")
+    parser.add_argument("--task", required=True, help="What to evaluate on: a name, or my_module.TASK.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
     parser.add_argument("--num_examples", type=count, help="Examples; default: all, 256 of generated tasks.")
     parser.add_argument("--task_kwargs", type=json_mapping, default={}, help="Further arguments of the task, as JSON.")
@@ -60,7 +59,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict:
-    task, folder = get_task(args.task), Path(args.output_dir)
+    task, folder = find_task(args.task), Path(args.output_dir)
     check_choice("parser", args.parser, task.parsers)
     check_task_kwargs(task, args.task_kwargs)
     check_data_dir(args.data_dir)

@@ -45,16 +45,19 @@ from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import (
     backward,
+    carried,
     deferred_sync,
     is_separable,
     rows_without_gradient,
-    sub_sample_weights,
+    sub_sampled_mask,
     token_weights,
     wd1_advantages,
+    with_sequence_ratio,
 )
 from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch
 from .model_card import complete_card
 from .old_and_reference import add_logps
+from .records import save_rollout
 from .reference import load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
 from .rewards import give_trajectory
@@ -193,8 +196,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 "kl_estimator='full' applies the model's own output head to the reference's hidden states, and "
                 "peft_config trains a copy of that head. Leave it out of modules_to_save, or set kl_estimator='k3'."
             )
-        if self.loss_type == "wd1":  # carried as advantages
-            self.loss_type = "dr_grpo"
+        self.loss_type, self.importance_sampling_level = carried(args)
 
         # Again, now with the checkpoint's own tokenizer.
         self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
@@ -248,6 +250,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
         (rollout, self._rollout), (rewards, self._rewards) = (self._rollout, None), (self._rewards, None)
+        save_rollout(self, rollout)
         if self.args.loss_tokens == "canvas":
             rollout = replace(rollout, counted=rollout.revealed)
 
@@ -419,8 +422,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             self._window_step = self.state.global_step
         rollout = from_batch(inputs, self.sampling.facts(self.spec))
         if self.estimator.sub_samples(self.max_completion_length):
-            scored = self.estimator.scored(rollout, rollout.view_seed, draw)
-            inputs["completion_mask"] = sub_sample_weights(inputs["completion_mask"], scored)
+            inputs["completion_mask"] = sub_sampled_mask(inputs["completion_mask"], self.estimator, rollout, draw)
         plan, forwards = self._plan(rollout, draw, inputs)
 
         def score(number: int) -> TokenScores:
@@ -444,7 +446,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
     def _loss_of(self, scores: TokenScores, inputs: dict, record: bool) -> Tensor:
         """TRL's loss of log-probs that are already there, and the KL over the vocabulary where it is asked for."""
-        trainer = self if record else self._without_metrics()
+        trainer, inputs = self if record else self._without_metrics(), with_sequence_ratio(self, scores.logps, inputs)
         if scores.kls is None:
             value = GRPOTrainer._compute_loss(trainer, scores, inputs)
             if record:
