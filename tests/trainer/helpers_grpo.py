@@ -139,7 +139,7 @@ def losses(trainer, key: str = "loss") -> list[float]:
 
 def history(trainer) -> list[dict]:
     """The whole log, without times; `train_loss` is the mean over the steps of one call, which a resume divides."""
-    timed = ("step_time", "runtime", "per_second", "train_loss")
+    timed = ("step_time", "_seconds", "runtime", "per_second", "train_loss")
     return [
         {key: value for key, value in entry.items() if not key.endswith(timed)} for entry in trainer.state.log_history
     ]
