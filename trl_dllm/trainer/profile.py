@@ -34,6 +34,7 @@ class Profile(TrainerCallback):
 
     def __init__(self, trainer):
         self._trainer = trainer
+        self.clock = time.perf_counter  # seconds, where the device has no events of its own
         self._start = self._now()
         self._spans: list[tuple[str, Mark, Mark]] = []  # of the step that is under way; no part lies inside another
         self._steps: list[tuple[Mark, Mark, list[tuple[str, Mark, Mark]]]] = []
@@ -85,7 +86,7 @@ class Profile(TrainerCallback):
 
     def _now(self) -> Mark:
         if self._trainer.accelerator.device.type != "cuda":
-            return time.perf_counter()
+            return self.clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
