@@ -45,6 +45,8 @@ NOT_RUN = {
     },
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
     "python benchmarks/loop.py": "tests/test_loop.py runs it",
+    "python benchmarks/step.py": "tests/test_step.py runs it",
+    "python benchmarks/gpu.py": "tests/test_gpu.py runs it",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
 
