@@ -12,7 +12,8 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 TOY = (
     "--device cpu --hidden_size 64 --intermediate_size 160 --num_heads 4 --num_layers 2 --few_layers 1 "
-    "--vocab_size 256 --lora_r 2 --prompt_length 12 --canvas 16 --block_length 8 --rows 4 --tile_rows 16 32 --compile_backend eager"
+    "--vocab_size 256 --lora_r 2 --prompt_length 12 --canvas 16 --block_length 8 --rows 4 --tile_rows 16 32 "
+    "--compile_backend eager"
 )
 
 
