@@ -5,10 +5,13 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trl import get_peft_config
+from trl.trainer.utils import disable_dropout_in_model
 
 from trl_dllm.models import LLaDAConfig, LLaDAModelLM
 from trl_dllm.recipe import base_of, find_accelerate_config, load_recipe, recipe_paths, render_recipe
+from trl_dllm.rollout import Rollout
 from trl_dllm.scripts import grpo, sft
 from trl_dllm.scripts.rewards import resolve_rewards
 
@@ -108,6 +111,7 @@ def test_a_warm_up_is_a_number_of_steps(name):
 # ----------------------------------------------------------------------------------------- adapters, memory, commands
 
 LLADA_8B = {name: load_recipe(path) for name, path in NAMES.items() if name.startswith("llada_8b/")}
+LORA_BASE = base_of(NAMES["llada_8b/grpo/gsm8k_step_merge"])
 RELEASED = "--lora_target_modules q_proj k_proj v_proj up_proj"
 
 
@@ -140,6 +144,50 @@ def test_lora_adapts_what_the_papers_say_and_the_head_has_what_their_code_did(na
     assert RELEASED in heads[1] and "335.5M" in heads[1] and "167.8M" in heads[1]
     if "step_merge" in name or "any_order" in name:
         assert RELEASED in heads[0], "d2's"
+
+
+def kept(layers: int, width: int) -> int:
+    """Bytes that a forward of one row keeps for its backward at LLaDA-8B's shapes, by running it on fake tensors."""
+    with torch.device("meta"):
+        model = LLaDAModelLM(LLaDAConfig(num_hidden_layers=layers)).to(torch.bfloat16)
+        model = get_peft_model(model, get_peft_config(parse("llada_8b/grpo/gsm8k_any_order")[2]))
+    disable_dropout_in_model(model)  # `disable_dropout: true`, in every recipe
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            for name, weight in module._parameters.items():
+                empty = weight if weight is None else torch.empty(weight.shape, dtype=weight.dtype)
+                module._parameters[name] = empty if empty is None else nn.Parameter(empty, weight.requires_grad)
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.get_base_model().model(torch.full((1, width), 5), use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+
+def test_what_keeps_its_activations_fits_80_gb():
+    """The head of _base.yaml and of gsm8k_any_order say how much; 4-bit weights take 5 GiB, bfloat16 ones 16."""
+    sizes = {(layers, width): kept(layers, width) for layers in (1, 2) for width in (64, 128)}
+    token = 32 * (sizes[2, 128] - sizes[1, 128] - sizes[2, 64] + sizes[1, 64]) / 64
+    assert f"{token / 1e6:.1f} MB" == "6.9 MB" and "6.9 MB of activations a token" in LORA_BASE.read_text()
+    gib = {name: token * tokens / 2**30 for name, tokens in (("456", 6 * 456), ("712", 8 * 712))}
+    assert f"{gib['456']:.0f} GiB" == "18 GiB" and "18 GiB" in LORA_BASE.read_text()
+    assert abs(gib["712"] - 37) < 1 and "37 GiB" in NAMES["llada_8b/grpo/gsm8k_any_order"].read_text()
+    largest = 0.0
+    for name in (name for name, recipe in LLADA_8B.items() if not recipe["gradient_checkpointing"]):
+        _, args, model_args = parse(name)
+        rollout = Rollout.scheduled(args.max_completion_length, args.generation_config().diffusion_steps)
+        columns = 512 + args.build_estimator().view(rollout, 0, rollout.view_seed, 0).input_ids.shape[1]
+        weights = (5 if model_args.load_in_4bit else 16.2) + 5  # adapters, their gradients, the optimizer
+        largest = max(largest, weights + token * args.per_device_train_batch_size * columns / 2**30)
+    assert 50 < largest < 80e9 / 2**30, "with prompts of 512 tokens"
 
 
 @pytest.mark.parametrize("name", LLADA_8B)

@@ -172,7 +172,7 @@ def test_an_update_of_two_processes_is_the_plain_one(tmp_path):
         for name, settings in runs.items()
         for plain in (False, True)
     }
-    both = launch(tmp_path, save_short(tmp_path / "checkpoint"), described, timeout=120)
+    both = launch(tmp_path, save_short(tmp_path / "checkpoint"), described, timeout=180)
     uneven = 0
     for name in runs:
         ours, plain = ([result[f"{name}, plain={plain}"] for result in both] for plain in (False, True))
