@@ -12,11 +12,11 @@ from trl.trainer.utils import disable_dropout_in_model
 from trl_dllm.models import LLaDAConfig, LLaDAModelLM
 from trl_dllm.recipe import base_of, find_accelerate_config, load_recipe, recipe_paths, render_recipe
 from trl_dllm.rollout import Rollout
-from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts import dpo, grpo, sft
 from trl_dllm.scripts.rewards import resolve_rewards
 
 
-SCRIPTS = {"sft": sft, "grpo": grpo}
+SCRIPTS = {"sft": sft, "grpo": grpo, "dpo": dpo}
 NAMES = recipe_paths()
 
 
@@ -82,6 +82,21 @@ def test_any_order_sft_of_llada_8b_is_d2s(stage):
     assert script_args.dataset_name.startswith("your-name/"), "a placeholder"
     before = "GSAI-ML/LLaDA-8B-Instruct" if stage == 1 else "runs/llada_8b/any_order_stage1"
     assert model_args.model_name_or_path == before
+
+
+def test_vrpo_of_llada_8b_is_the_papers():
+    """LLaDA 1.5: 8 draws, beta 0.2, an SFT loss of 0.05, batches of 64 pairs; the tiny twin has its likelihood."""
+    script_args, args, model_args = parse("llada_8b/dpo/vrpo")
+    assert (args.estimator, args.num_samples, args.beta) == ("elbo", 8, 0.2)
+    assert (args.loss_type, args.loss_weights) == (["sigmoid", "sft"], [1.0, 0.05])
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (5e-7, "cosine", 15)
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.num_train_epochs) == (0.9, 0.95, 0.01, 1)
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert model_args.model_name_or_path == "GSAI-ML/LLaDA-8B-Instruct" and not model_args.use_peft
+    assert script_args.dataset_name.startswith("your-name/"), "a placeholder"
+    _, twin, _ = parse("tiny_llada/dpo/sudoku_vrpo")
+    for name in ("estimator", "num_samples", "beta", "loss_type", "lr_scheduler_type", "adam_beta2", "weight_decay"):
+        assert getattr(twin, name) == getattr(args, name), name
 
 
 def test_any_order_grpo_of_llada_8b_is_d2s():
@@ -192,12 +207,15 @@ def test_what_keeps_its_activations_fits_80_gb():
 
 @pytest.mark.parametrize("name", LLADA_8B)
 def test_checkpointing_and_sharding_are_what_memory_asks_for(name):
-    """LoRA runs keep their activations, as in the released code; where all is trained, the command names ZeRO-2."""
+    """LoRA runs keep their activations, as in the released code; where all is trained, the command names a ZeRO."""
     recipe, head = LLADA_8B[name], NAMES[name].read_text().partition("\n#\n")[0]
     full = not recipe.get("use_peft") and not recipe.get("trainable_modules")
     assert recipe["gradient_checkpointing"] == (not recipe.get("use_peft"))
-    assert ("--accelerate_config zero2 " in head) == full
-    assert yaml.safe_load(find_accelerate_config("zero2").read_text())["deepspeed_config"]["zero_stage"] == 2
+    _, _, sharding = head.partition("--accelerate_config ")
+    assert bool(sharding) == full
+    if full:
+        settings = yaml.safe_load(find_accelerate_config(sharding.split()[0]).read_text())
+        assert settings["deepspeed_config"]["zero_stage"] >= 2
 
 
 def test_tiny_any_order_recipes_differ_from_their_baselines_in_the_likelihood_alone():
