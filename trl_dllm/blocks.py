@@ -28,9 +28,7 @@ class Blocks:
 
     def __post_init__(self):
         if type(self.size) is not int or self.size < 1:
-            raise ValueError(
-                f"block_size={self.size!r} must be a whole number, at least 1, or None for full attention."
-            )
+            raise ValueError(f"block_size={self.size!r} must be a whole number from 1 on, or None.")
         if self.alignment not in ALIGNMENTS:
             raise ValueError(
                 f"block_alignment={self.alignment!r} is unknown; choose {' or '.join(map(repr, ALIGNMENTS))}."

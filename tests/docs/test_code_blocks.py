@@ -52,6 +52,8 @@ NOT_RUN = {
     "python benchmarks/any_order_loop.py": "tests/benchmarks/test_any_order.py runs it at toy size",
     "python benchmarks/loop.py": "tests/test_loop.py runs it",
     "python benchmarks/rollout.py": "tests/benchmarks/test_rollout.py runs it at toy size",
+    "python benchmarks/step.py": "tests/test_step.py runs it",
+    "python benchmarks/gpu.py": "tests/test_gpu.py runs it",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
 

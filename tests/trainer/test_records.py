@@ -58,6 +58,7 @@ def test_the_decoding_of_grpo_lies_beside_every_model(tmp_path, peft):
             "stop_at_eos": False,
             "decoding": "denoising",
             "cache": None,
+            "future_blocks": "masked",
             "cfg_scale": 0.0,
         }
         found = decoding_config(read_decoding(folder), {"temperature": 0.9, "eos_token_ids": trainer.eos_token_ids})

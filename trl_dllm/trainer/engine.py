@@ -74,7 +74,8 @@ def checked_rollouts(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..
     """
 
     def rollouts(prompts: list, trainer) -> dict[str, Any]:
-        output = rollout_func(prompts, trainer)
+        with trainer.profile.part("sampling"):
+            output = rollout_func(prompts, trainer)
         trainer._rollout = read_rollout(trainer, output, len(prompts))
         # Without `logprobs`: the trainer has them, at the canvas's width.
         return {**{name: value for name, value in output.items() if name not in _OURS}, "logprobs": None}

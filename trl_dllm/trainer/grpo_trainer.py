@@ -57,6 +57,7 @@ from .loss import (
 from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch
 from .model_card import complete_card
 from .old_and_reference import add_logps
+from .profile import Profile
 from .records import save_rollout
 from .reference import load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
@@ -85,6 +86,7 @@ _OVERRIDDEN: Interface = {
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
+    "log": ("logs",),
     **HOOKS,
 }
 
@@ -101,9 +103,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     sampler; a `rollout_func` also returns its trajectories, see `engine.py`) and, besides:
 
     Logs beside TRL's metrics: `sampling/steps` that a completion took and `sampling/tokens_per_forward`, means over a
-    logging window; `flops` (counted) and `flops_paper` (d2's formula) since the run began; `kl` over the vocabulary if
-    `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and scorer if `old_logps="rollout"`, or
-    where an outside engine or an approximate cache drew the completions.
+    logging window; `profile/*_seconds` of a step's parts; `flops` (counted) and `flops_paper` (d2's formula) since the
+    run began; `kl` over the vocabulary if `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and
+    scorer if `old_logps="rollout"`, or where an outside engine or an approximate cache drew the completions.
 
     Args:
         args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
@@ -187,7 +189,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 super().__init__(model, rewards, args, *positional, **kwargs)
             finally:
                 args.beta = beta
-        self.beta = beta
+        self.beta, self.profile = beta, Profile(self)
         if self.rollout_func is not None:
             self.rollout_func = checked_rollouts(self.rollout_func)
         # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
@@ -245,6 +247,10 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         self._generation_round[1] = (-1, 0)  # every evaluation at a step draws the same completions
         return super().evaluation_loop(*args, **kwargs)
 
+    def log(self, logs, *args, **kwargs):
+        self.profile.record()
+        return super().log(logs, *args, **kwargs)
+
     # ------------------------------------------------------------------------------------------ the generation batch
 
     def _generate_and_score_completions(self, inputs):
@@ -295,6 +301,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         )
         with (
             profiling_context(self, "diffusion.generate"),
+            self.profile.part("sampling"),
             rollout_of(self, prompt_ids),
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as model,
             torch.no_grad(),
@@ -426,7 +433,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         plan, forwards = self._plan(rollout, draw, inputs)
 
         def score(number: int) -> TokenScores:
-            return self._score_view(model, plan, number, full_kl=self._full_kl)
+            with self.profile.part("forward"):
+                return self._score_view(model, plan, number, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
             value = self._loss_of(scores, inputs, record)
