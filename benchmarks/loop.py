@@ -94,9 +94,8 @@ class Loop:
         views = self.estimator.num_views(rollout)
         width = PROMPT + CANVAS * (2 if isinstance(self.estimator, AnyOrder) else 1)
         passed = views * self.training.view(1, width, CANVAS // views, training=False)
-        # Without our recomputation of the head.
+        # Of one row all logits are kept for the backward pass, as they are there.
         trained = views * self.training.view(1, width, CANVAS // views, training=True)
-        trained -= views * self.training(0, 0, 0, CANVAS // views)
         draws = self.mu if self.redrawn else 1
         rollout_cost = STEPS * self.forward(1, PROMPT + CANVAS, PROMPT + CANVAS, BLOCK // 2)
         return Costs(rollout_cost, draws * passed, draws * passed, self.mu * trained)

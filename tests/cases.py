@@ -19,6 +19,7 @@ from trl_dllm.likelihood import (
     ExactTrajectory,
     MeanField,
     PseudoLikelihood,
+    SampledTrajectory,
     StepMerge,
     TokenScores,
     TrajectoryPseudoLikelihood,
@@ -45,6 +46,8 @@ TRAJECTORY = {
     "mean_field": MeanField(),
     "step_merge": StepMerge(3),
     "exact_trajectory": ExactTrajectory(),
+    "agrpo 2": SampledTrajectory(2),
+    "agrpo more than there are": SampledTrajectory(40),
     "any_order": AnyOrder(),
 }
 PKL = {
@@ -63,7 +66,7 @@ PKL_UNSHIFTED = {  # refused for families with shifted logits
     "pkl_u isolated": BlockPseudoLikelihood(3, 2, "isolated"),
     "pkl_u isolated partition": BlockPseudoLikelihood(4, "partition", "isolated"),
 }
-ELBO = {"elbo": Elbo(3), "coupled_elbo": CoupledElbo(4)}
+ELBO = {"elbo": Elbo(3), "elbo stratified": Elbo(3, stratified=True), "coupled_elbo": CoupledElbo(4)}
 
 
 def rollout_for_tests(seed: int = 0, **kwargs) -> Rollout:

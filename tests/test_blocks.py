@@ -27,7 +27,8 @@ def test_blocks_are_counted_from_the_prompt_or_from_the_canvas_whatever_the_padd
 
 
 def test_wrong_blocks_are_refused():
-    with pytest.raises(ValueError, match="block_size=0 must be at least 1 position"):
-        Blocks(0)
+    for size in (0, "4", 4.0, True):
+        with pytest.raises(ValueError, match=f"block_size={size!r} must be a whole number from 1 on, or None"):
+            Blocks(size)
     with pytest.raises(ValueError, match="block_alignment='prompt' is unknown; choose 'position' or 'canvas'"):
         Blocks(4, "prompt")

@@ -149,7 +149,7 @@ def test_an_adapter_can_be_switched_off_over_a_recipe_that_sets_it_up(tmp_path):
     [
         (["eval", "--task", "sudoku"], "the following arguments are required: --output_dir"),
         (["eval", "--task", "sudoku", "--output_dir", "o"], "Name a model with --model_name_or_path"),
-        (["eval", "--task", "sudok", "--output_dir", "o"], "argument --task: invalid choice: 'sudok'"),
+        (["eval", "--task", "sudok", "--output_dir", "o"], "unknown task 'sudok': did you mean 'sudoku'"),
         (["eval", "--task", "sudoku", "--output_dir", "o", "--parser", "d2"], "parser='d2' is unknown"),
         (["eval", "--task", "sudoku", "--output_dir", "o", "--num_examples", "0"], "'0' must be a whole number"),
         (["eval", "--task", "sudoku", "--output_dir", "o", "--task_kwargs", '{"blanks": 3}'], "no argument 'blanks'"),
@@ -167,6 +167,7 @@ def test_an_adapter_can_be_switched_off_over_a_recipe_that_sets_it_up(tmp_path):
         ),
         (["generate", "--model_name_or_path", "no/such-model", "--prompt", "a"], "no/such-model"),
         (["report", "--model_name_or_path", "m", "--task", "sudoku", "--batch_size", "0"], "argument --batch_size"),
+        (["report", "--model_name_or_path", "m", "--task", "no_such.TASK"], "task: 'no_such.TASK' cannot be imported"),
         (["recipe", "no/such-recipe"], "no/such-recipe is neither a file nor the name of a recipe"),
         (["init-tiny", "o", "--hidden_size", "17"], "hidden_size=17 must be a multiple of 16"),
         (["merge", "no/such-adapter", "o"], "no/such-adapter"),

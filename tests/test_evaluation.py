@@ -141,6 +141,11 @@ def test_a_text_ends_behind_its_first_stop_string_and_the_row_with_its_block(tin
     assert len({int(n) for n in cut.revealed.sum(dim=1)}) > 1
 
 
+def test_an_empty_stop_string_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"stop_strings=\['1', ''\] holds an empty string"):
+        complete(*tiny, ["1="], CONFIG, torch.arange(1), stop_strings=["1", ""])
+
+
 def test_stop_strings_belong_to_what_an_evaluation_is(tiny, tmp_path):
     summary = run(tiny, tmp_path, stop_strings=["1"])
     assert summary["stop_strings"] == ["1"]

@@ -1,6 +1,7 @@
 """A dataclass's values and docstring follow from what its fields declare."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from trl_dllm.fields import check_fields, check_kind, document_fields
+from trl_dllm.fields import check_fields, check_kind, document_fields, imported
 
 
 class Colour(str, Enum):  # noqa: UP042  as transformers declares its own
@@ -123,3 +124,43 @@ def test_the_docstring_lists_the_fields_that_the_base_has_not():
             "    Anything.",
         ]
     )
+
+
+# ---------------------------------------------------------------------------------------------------- by a dotted path
+
+
+@pytest.fixture
+def working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+def test_what_stands_at_a_dotted_path_is_imported_from_the_working_folder(working_folder):
+    (working_folder / "mine_to_find.py").write_text("class Thing:\n    part = 3\n")
+    found = imported("field", "mine_to_find.Thing")
+    assert found.part == 3 and imported("field", "mine_to_find.Thing") is found
+    assert sys.path.count(str(working_folder)) == 1
+    assert imported("field", "os.path.join") is __import__("os").path.join
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module.Thing", "No module named 'no_such_module'. Write module.name, and run from the module's"),
+        ("mine_to_miss.Thin", "mine_to_miss has no 'Thin'; did you mean mine_to_miss.Thing"),
+        ("mine_to_miss.zzzz", "mine_to_miss has no 'zzzz'; it is read from .*mine_to_miss.py"),
+        ("mine_to_break.Thing", "invalid syntax"),
+        ("mine_to_need.Thing", "No module named 'no_such_dependency'"),
+        ("..Thing", "it is no dotted path"),
+        ("folder/mine.Thing", "it is no dotted path"),
+        ("mine_to_miss.", "it is no dotted path"),
+        ("✓.py", "it is no dotted path"),
+    ],
+)
+def test_a_path_to_nothing_says_what_is_missing(working_folder, path, message):
+    (working_folder / "mine_to_miss.py").write_text("class Thing: ...\n")
+    (working_folder / "mine_to_break.py").write_text("class Thing ...\n")
+    (working_folder / "mine_to_need.py").write_text("import no_such_dependency\n")
+    with pytest.raises(ValueError, match=f"^field: {path!r} cannot be imported: .*{message}"):
+        imported("field", path)

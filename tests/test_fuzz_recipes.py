@@ -72,7 +72,7 @@ RIGHT: dict[str, dict[str, list[Any]]] = {
     "grpo": {
         "estimator": ["mean_field", "exact_trajectory", "pkl", "elbo", "coupled_elbo", "any_order"],
         "loss_type": ["grpo", "bnpo", "dapo", "cispo", "sapo", "wd1", "luspo", "vespo"],
-        "importance_sampling_level": ["token", "sequence"],
+        "importance_sampling_level": ["token", "sequence", "sequence_token"],
         "scale_rewards": [True, False, "batch"],
         "beta": [0.1, 0],
         "kl_estimator": ["k3", "full"],

@@ -21,7 +21,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
-import trl_dllm.harness  # noqa: F401  registers the model
+from trl_dllm.harness import DiffusionLM
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +196,14 @@ def test_the_harness_runs_from_the_command_line_without_a_gpu(folder, tmp_path):
 def test_a_device_that_is_here_is_taken_without_a_word(folder, capsys):
     assert get_model("trl_dllm")(folder, device="cpu")._device.type == "cpu"
     assert "device" not in capsys.readouterr().out
+
+
+def test_a_block_causal_model_is_run_in_its_own_blocks(tmp_path):
+    create_tiny_model("sdar", 16, 1)[0].save_pretrained(tmp_path)
+    create_tiny_model("sdar", 16, 1)[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"block_length=8, and the model is block-causal .*Set block_length=4"):
+        DiffusionLM(str(tmp_path), max_new_tokens=16, block_length=8)
+    lm = DiffusionLM(str(tmp_path), max_new_tokens=16, num_samples=2, is_greedy=True)
+    assert (lm._config(16).block_length, lm._config(10).max_new_tokens) == (4, 12)
+    assert len(lm._bound([5, 6], [7, 8, 9], 0)) == 2
+    assert lm._bound([5, 6], [], 0) == (0.0, True)

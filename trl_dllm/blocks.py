@@ -27,8 +27,8 @@ class Blocks:
     causal: bool = True
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"block_size={self.size} must be at least 1 position, or None for full attention.")
+        if type(self.size) is not int or self.size < 1:
+            raise ValueError(f"block_size={self.size!r} must be a whole number from 1 on, or None.")
         if self.alignment not in ALIGNMENTS:
             raise ValueError(
                 f"block_alignment={self.alignment!r} is unknown; choose {' or '.join(map(repr, ALIGNMENTS))}."

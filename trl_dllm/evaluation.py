@@ -74,6 +74,12 @@ def tokenize_prompts(tokenizer, prompts: list, prefill: str = "") -> tuple[torch
     return left_pad(rows, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
+def check_stop_strings(stop_strings: Sequence[str]) -> None:
+    """Raise ValueError for a string that would end every text before it begins."""
+    if "" in stop_strings:
+        raise ValueError(f"stop_strings={list(stop_strings)} holds an empty string, which every text begins with.")
+
+
 def complete(
     model,
     tokenizer,
@@ -92,6 +98,7 @@ def complete(
             block in which it stands.
         **kwargs: for `generate`.
     """
+    check_stop_strings(stop_strings)
 
     def found(text: str) -> int | None:
         """Where the text ends, behind the first stop string."""

@@ -1,8 +1,11 @@
 """Dataclass fields that say once what they are: values are checked and docstrings written from the declarations."""
 
+import importlib
 import inspect
 import math
 import numbers
+import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from difflib import get_close_matches
@@ -60,6 +63,35 @@ def check_fields(config: Any, names: Iterable[str]) -> None:
             check_kind(name, value, hint)
         if choices and not (isinstance(value, tuple(enums)) or (value is None and NoneType in kinds)):
             check_choice(name, value, choices)
+
+
+def imported(name: str, path: str) -> Any:
+    """What stands at a dotted path, such as `my_module.MyEstimator`; modules of the working folder are found too.
+
+    Raises:
+        ValueError: naming the field `name`, the path and what is missing.
+    """
+    module, _, attribute = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        if not all(part.isidentifier() for part in path.split(".")):
+            raise ImportError("it is no dotted path")
+        found = importlib.import_module(module)
+    except (ImportError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"{name}: {path!r} cannot be imported: {error}. Write module.name, and run from the module's folder or "
+            "install it."
+        ) from error
+    if not hasattr(found, attribute):
+        near = get_close_matches(attribute, dir(found), n=1)
+        hint = (
+            f"did you mean {module}.{near[0]}?"
+            if near
+            else f"it is read from {getattr(found, '__file__', 'Python itself')}."
+        )
+        raise ValueError(f"{name}: {path!r} cannot be imported: {module} has no {attribute!r}; {hint}")
+    return getattr(found, attribute)
 
 
 def _fits(value: object, kind: Any) -> bool:

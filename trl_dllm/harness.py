@@ -98,7 +98,9 @@ class DiffusionLM(LM):
         """The decoding settings for a canvas."""
         if canvas_length == self.sampling.max_new_tokens:
             return self.sampling
-        return self.sampling.resized(canvas_length)
+        if self.spec.block_size is None:
+            return self.sampling.resized(canvas_length)
+        return self.sampling.resized(-(-canvas_length // self.spec.block_size) * self.spec.block_size)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Complete each request's context on a canvas, cut at the first of its stop strings."""
@@ -150,6 +152,8 @@ class DiffusionLM(LM):
 
     @torch.no_grad()
     def _bound(self, prompt: list[int], answer: list[int], number: int) -> tuple[float, bool]:
+        if not answer:
+            return 0.0, True
         if not prompt:  # a shifted family needs a token before the first one
             bos = self.tokenizer.bos_token_id
             prompt = [self.tokenizer.eos_token_id if bos is None else bos]

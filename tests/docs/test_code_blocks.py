@@ -1,12 +1,15 @@
 """Every block of code in the repository's pages runs as printed, in the order of its page.
 
 Python blocks of a page share a namespace. The commands of its shell blocks run in this process, in a folder that has
-nothing but the repository's recipes in it: `trl-dllm` with the arguments of `SHRUNK` behind those that are printed,
-`make` with `-n`. `NOT_RUN` is what is left out. Configs are built as on a GPU, where bfloat16 is TRL's default.
+nothing but the repository's recipes and the page's own files in it: `trl-dllm` with the arguments of `SHRUNK` behind
+those that are printed, `make` with `-n`. A block whose first line is `# name.py` or `# name.yaml` is that file.
+`NOT_RUN` is what is left out. Configs are built as on a GPU, where bfloat16 is TRL's default.
 """
 
 import json
 import os
+import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -46,8 +49,12 @@ NOT_RUN = {
         )
     },
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
-    "python benchmarks/language.py": "it trains for hours; tests/test_language.py runs it at toy size",
+    "python benchmarks/language.py": "it trains for hours; tests/benchmarks/test_language.py runs it at toy size",
+    "python benchmarks/any_order_loop.py": "tests/benchmarks/test_any_order.py runs it at toy size",
     "python benchmarks/loop.py": "tests/test_loop.py runs it",
+    "python benchmarks/rollout.py": "tests/benchmarks/test_rollout.py runs it at toy size",
+    "python benchmarks/step.py": "tests/test_step.py runs it",
+    "python benchmarks/gpu.py": "tests/test_gpu.py runs it",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
 
@@ -60,6 +67,13 @@ def blocks(text: str) -> list[tuple[str, str, int]]:
     """(language, content, number of its first line) of each fenced block of a page."""
     tokens = MarkdownIt("commonmark").parse(text)
     return [(token.info.strip(), token.content, token.map[0] + 2) for token in tokens if token.type == "fence"]
+
+
+def files(text: str) -> dict[str, str]:
+    """The files that a page prints, by name."""
+    printed = [content for language, content, _ in blocks(text) if language in ("python", "yaml")]
+    named = [(re.match(r"# (\w+\.(?:py|yaml))\n", content), content) for content in printed]
+    return {match[1]: content for match, content in named if match}
 
 
 def commands(content: str) -> list[list[str]]:
@@ -98,6 +112,18 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def write(folder, monkeypatch):
+    """`write(page)`: its files, as in a folder of one's own."""
+
+    def write(page: Path) -> None:
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        for name, content in files(page.read_text()).items():
+            (folder / name).write_text(content)
+
+    return write
+
+
+@pytest.fixture
 def bfloat16(monkeypatch):
     """transformers refuses TRL's default precision where there is neither a GPU nor `use_cpu`."""
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
@@ -109,7 +135,8 @@ def test_python_blocks_run(page, folder, bfloat16):
 
 
 @pytest.mark.parametrize("page", of_language("bash"), ids=name)
-def test_shell_blocks_run(page, folder):
+def test_shell_blocks_run(page, folder, write):
+    write(page)
     for language, content, _ in blocks(page.read_text()):
         for words in commands(content) if language == "bash" else []:
             if not_run(words):
@@ -117,6 +144,9 @@ def test_shell_blocks_run(page, folder):
             elif words[0] == "make":
                 clean = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
                 subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, env=clean, check=True, capture_output=True)
+            elif words[0] == "python":
+                assert words[1] in files(page.read_text()), f"{name(page)}: nothing here runs {words}"
+                runpy.run_path(words[1], run_name="__main__")
             else:
                 assert words[0] == "trl-dllm" and words[1] in SHRUNK, f"{name(page)}: nothing here runs {words}"
                 cli.main([*words[1:], *([] if "--dry_run" in words else SHRUNK[words[1]].split())])
@@ -124,8 +154,13 @@ def test_shell_blocks_run(page, folder):
 
 def test_every_block_is_code_that_runs_or_no_code():
     for page in PAGES:
-        for language, _, line in blocks(page.read_text()):
-            assert language in {"python", "bash", *NOT_CODE}, f"{page}:{line}: nothing runs blocks of {language!r}"
+        for language, block, line in blocks(page.read_text()):
+            known = {"python", "bash", *NOT_CODE}
+            if language == "yaml":  # which a command of the page reads
+                (file,) = [name for name, content in files(page.read_text()).items() if content == block]
+                assert f"--config {file}" in page.read_text(), f"{page}:{line}: no command reads {file}"
+                continue
+            assert language in known, f"{page}:{line}: nothing runs blocks of {language!r}"
 
 
 def test_what_is_not_run_is_printed_somewhere():
@@ -150,7 +185,8 @@ def port(tmp_path, monkeypatch):
     """A server on the page's model, started with the page's arguments and a free port."""
     monkeypatch.chdir(tmp_path)
     cli.main(["init-tiny", "runs/tiny_llada/init", "--hidden_size", "16", "--num_layers", "1"])
-    (command,) = [content.split() for language, content, _ in blocks(SERVED.read_text()) if language == "bash"]
+    printed = [content for language, content, _ in blocks(SERVED.read_text()) if language == "bash"]
+    (command,) = [words for content in printed for words in commands(content) if words[0] == "python"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     server = subprocess.Popen(
         [sys.executable, str(ROOT / command[1]), *command[2:], "--port", "0"],

@@ -298,6 +298,15 @@ def test_a_step_of_a_threshold_waits_once(models, decoder):
         )
 
 
+@pytest.mark.parametrize("cache", [None, "exact"])
+def test_a_step_of_a_block_causal_model_waits_no_more(cache):
+    model, settings = sharp_model("sdar", block_size=4), {"block_length": 4, "cache": cache}
+    waits, _ = waits_of_steps(model, diffusion_steps=6, **settings)
+    assert set(waits) == {0}
+    waits, _ = waits_of_steps(model, 3, confidence_threshold=0.15, stop_at_eos=True, **settings)
+    assert set(waits) <= {0, 1} and waits.count(0) == 2 * (cache == "exact")
+
+
 def test_a_truncated_draw_waits_for_the_number_of_its_tokens(models):
     """Two for each tile, whose rows name different numbers, and one for the step."""
     waits, _ = waits_of_steps(models("llada"), diffusion_steps=6, top_p=0.9)

@@ -20,10 +20,10 @@ from cases import (
 )
 from oracles import chi_square_p, enumerate_trajectories, left_pad, random_table
 
-from trl_dllm.generation import DiffusionGenerationConfig, default_eos, generate
+from trl_dllm.generation import DiffusionGenerationConfig, default_eos, denoising, generate
 from trl_dllm.generation.order import VALUE_INDEPENDENT
 from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
-from trl_dllm.noise import hash64
+from trl_dllm.noise import Purpose, hash64, uniform
 
 
 def assert_equals_oracle(model, family, rollout, **settings):
@@ -277,3 +277,41 @@ def test_head_tiles_are_whole(models):
 
 def one_row_flops(width: int = 8) -> int:
     return width * 2 * 2 * (4 * 32 * 32 + 3 * 32 * 80) + width * width * 2 * 4 * 32
+
+
+# ------------------------------------------------------------------------------------------------ nothing needless
+
+
+@pytest.mark.parametrize(
+    ("settings", "softmaxes", "purposes"),
+    [
+        ({"temperature": 1.0}, 1, {Purpose.TOKEN}),
+        ({"temperature": 0}, 1, set()),
+        ({"temperature": 0.7}, 2, {Purpose.TOKEN}),  # the measure is of un-tempered probabilities
+        ({"temperature": 0.7, "remasking": "entropy"}, 2, {Purpose.TOKEN}),
+        ({"temperature": 0.7, "remasking": "random"}, 1, {Purpose.TOKEN, Purpose.ORDER}),
+        ({"temperature": 0.7, "remasking": "left_to_right"}, 1, {Purpose.TOKEN}),
+    ],
+)
+def test_a_step_computes_and_draws_what_it_needs(models, monkeypatch, settings, softmaxes, purposes):
+    """One call of the head; one softmax unless two temperatures are asked for; draws that somebody reads."""
+    calls, drawn = Counter(), set()
+    for name in ("log_probs", "apply_head"):
+        plain = getattr(denoising, name)
+        monkeypatch.setattr(
+            denoising, name, lambda *args, name=name, plain=plain: calls.update([name]) or plain(*args)
+        )
+    monkeypatch.setattr(denoising, "uniform", lambda *keys: drawn.add(keys[1]) or uniform(*keys))
+    sample(models("llada"), diffusion_steps=6, **settings)
+    assert calls == {"log_probs": 6 * softmaxes, "apply_head": 6} and drawn == purposes
+
+
+def test_a_cpu_draws_a_few_rows_at_a_time(models, monkeypatch):
+    """The same, whatever their number."""
+    whole, seen = sample(models("llada"), temperature=0.7, top_k=9), []
+    monkeypatch.setattr(denoising, "_CACHED", 3 * VOCAB)
+    plain = denoising.log_probs
+    monkeypatch.setattr(denoising, "log_probs", lambda logits, *args: seen.append(len(logits)) or plain(logits, *args))
+    few = sample(models("llada"), temperature=0.7, top_k=9)
+    assert max(seen) == 3 and torch.equal(few.completion_ids, whole.completion_ids)
+    assert torch.equal(few.logps, whole.logps) and torch.equal(few.support, whole.support)

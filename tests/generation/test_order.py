@@ -75,7 +75,7 @@ LAST = 1 - 2.0**-53  # the largest uniform
     size=strategies.integers(1, 9),
 )
 def test_a_draw_in_blocks_is_the_one_of_the_whole_sum(weights, draw, size):
-    """In exact arithmetic the first token whose cumulative probability is above the point; rounding decides at edges."""
+    """In exact arithmetic the first token whose cumulative probability is above the point; edges are rounding's."""
     assume(any(weights))
     log_p = torch.tensor([weights], dtype=torch.float64).log().clamp(min=torch.finfo(torch.float32).min / 4)
     with pytest.MonkeyPatch.context() as patch:

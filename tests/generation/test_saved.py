@@ -12,6 +12,7 @@ from trl_dllm.generation import (
     saved_decoding_config,
 )
 from trl_dllm.generation.saved import DECODING, decoding_config
+from trl_dllm.models import create_tiny_model
 
 
 TRAINED = DiffusionGenerationConfig(
@@ -142,3 +143,16 @@ def test_nothing_known_removes_what_another_model_left(tmp_path):
     save_decoding({}, tmp_path)
     assert not list(tmp_path.iterdir())
     save_decoding({}, tmp_path)
+
+
+def test_a_block_causal_model_is_decoded_in_its_own_blocks_whatever_was_saved(tmp_path):
+    """Before any weight is loaded; another block length that is given is refused with the remedy."""
+    create_tiny_model("sdar", 16, 1)[0].save_pretrained(tmp_path)
+    assert saved_decoding_config([None, str(tmp_path)], {})[0].block_length == 4
+    save_decoding({"max_new_tokens": 18}, tmp_path)
+    config, _ = saved_decoding_config([str(tmp_path)], {})
+    assert (config.max_new_tokens, config.block_length, config.diffusion_steps) == (20, 4, 10)
+    with pytest.raises(ValueError, match=r"block_length=10, and the model is block-causal .*Set block_length=4"):
+        saved_decoding_config([str(tmp_path)], {"block_length": 10})
+    with pytest.raises(ValueError, match="decoding='any_order' does not apply to a block-causal model"):
+        saved_decoding_config([str(tmp_path)], {"decoding": "any_order"})

@@ -124,6 +124,9 @@ def test_identity_8_the_expected_elbo_is_below_the_log_marginal(monkeypatch, mak
         with torch.no_grad():
             elbo = token_logps(model, rollout, Elbo(1)).logps.sum(dim=1).mean().item()
             coupled = token_logps(model, rollout, CoupledElbo(2)).logps.sum(dim=1).mean().item()
+            for samples in (1, 2, 4):  # the starts 1/6, 1/2 and 5/6 meet each number of positions equally often
+                spread = token_logps(model, rollout, Elbo(samples, stratified=True)).logps.sum(dim=1).mean().item()
+                assert spread == pytest.approx(bound, abs=1e-9)
         assert elbo == pytest.approx(bound, abs=1e-9)
         assert elbo <= marginal + 1e-9
         gaps.append(marginal - elbo)
@@ -162,3 +165,29 @@ def test_impossible_numbers_of_samples_are_refused():
         Elbo(0)
     with pytest.raises(ValueError, match="num_samples=3 must be even"):
         CoupledElbo(3)
+
+
+def test_stratified_draws_mask_numbers_spread_over_the_row():
+    """Eight counted positions and four draws: one of 1 or 2, one of 3 or 4, …, each as often as the other."""
+    rollout = many_rows(rows=2000, counted=(1,) * 8)
+    sizes = torch.stack([hits(Elbo(4, stratified=True), rollout, n).sum(dim=1) for n in range(4)])
+    assert torch.equal((sizes - 1) // 2, torch.arange(4)[:, None].expand(-1, 2000))
+    for size in sizes:
+        assert abs((size % 2).double().mean().item() - 0.5) < 0.05
+    _, count = torch.unique(codes(hits(Elbo(4, stratified=True), rollout, 0)), return_counts=True)
+    assert len(count) == 8 + 28, "the positions are drawn as before"
+
+
+def test_stratified_draws_have_less_variance_where_the_number_of_masks_matters():
+    """A token's log-prob is -l / R where l of R are masked, so that a draw's bound is -l: of variance 5.25 for R = 8,
+    a quarter of it for four independent draws, and 1/4 for four that are two apart and share their start."""
+    rollout, variances = many_rows(rows=8000, counted=(1,) * 8), []
+    for estimator in (Elbo(4), Elbo(4, stratified=True)):
+        bound = 0
+        for n in range(4):
+            view = estimator.view(rollout, n, rollout.view_seed, 0)
+            masked = (view.targets != -100).sum(dim=1, keepdim=True)
+            bound = bound - (view.weight * (view.targets != -100) * masked / 8).sum(dim=1)
+        assert bound.mean().item() == pytest.approx(-4.5, abs=0.05)
+        variances.append(bound.var().item())
+    assert variances == pytest.approx([5.25 / 4, 0.25], rel=0.06)

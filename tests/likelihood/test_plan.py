@@ -208,3 +208,43 @@ def test_identity_15_stopping_at_the_eos_changes_no_counted_log_prob(models, fam
 def test_a_threshold_has_no_schedule(models):
     rollout = sample(models("llada"), confidence_threshold=0.3, temperature=1.0)
     assert rollout.steps is None and torch.equal(rollout.scheduled_steps, rollout.num_steps)
+
+
+# ------------------------------------------------------------------------------------------ weights that do not add up
+
+
+class Weighing(PseudoLikelihood):
+    """Weighs itself what its superclass has the trainer weigh."""
+
+    def view(self, rollout, n, seeds, iteration):
+        view = super().view(rollout, n, seeds, iteration)
+        return replace(view, weight=view.weight * 4)
+
+
+class Silent(PseudoLikelihood):
+    """Leaves positions out and does not say so."""
+
+    def sub_samples(self, canvas_length):
+        return False
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (Weighing(2), r"Weighing: the weights of .* sum to 4 .* it says sub_samples: .* return .* sampling_weights"),
+        (Silent(2), r"Silent: the weights of position \d of row \d sum to 0 .* sub_samples return True"),
+        (Weighing(), r"Weighing: the weights of position 0 of row 0 sum to 4 .* per_token = False"),
+    ],
+)
+def test_positions_are_weighted_once(models, estimator, message):
+    with pytest.raises(ValueError, match=message):
+        token_logps(models("llada"), rollout_for_tests(), estimator)
+
+
+def test_numbers_of_the_row_may_be_weighted_at_will(models):
+    estimator = Weighing(2)
+    estimator.per_token = False
+    with torch.no_grad():
+        scores = token_logps(models("llada"), rollout_for_tests(), estimator)
+        plain = token_logps(models("llada"), rollout_for_tests(), PseudoLikelihood(2))
+    torch.testing.assert_close(scores.logps, 4 * plain.logps)

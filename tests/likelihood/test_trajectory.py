@@ -4,10 +4,12 @@ Identity 9, of the gradient, is in test_policy_gradient.py.
 """
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
-from cases import MASK, PROMPTS, SHIFT, VOCAB, assert_same_scores, rollout_for_tests, sample, whole_canvas
+from cases import MASK, PROMPTS, SHIFT, VOCAB, assert_same_scores, many_rows, rollout_for_tests, sample, whole_canvas
 from oracles import (
     canvas_before,
     enumerate_trajectories,
@@ -23,7 +25,7 @@ from oracles import (
     unpadded,
 )
 
-from trl_dllm.likelihood import ESTIMATORS, ExactTrajectory, MeanField, StepMerge, token_logps
+from trl_dllm.likelihood import ESTIMATORS, ExactTrajectory, MeanField, SampledTrajectory, StepMerge, token_logps
 from trl_dllm.models import create_tiny_model
 from trl_dllm.noise import hash64
 from trl_dllm.rollout import Rollout
@@ -214,11 +216,76 @@ def test_identity_2_on_a_fresh_model(family):
     assert p[MASK] == 0 and abs(scores.logps.exp().mean().item() - 1 / (VOCAB - 1)) < 1e-3
 
 
+# ----------------------------------------------------------------------------------------- some steps of the exact one
+
+
+@pytest.mark.parametrize("number", [1, 2, 4, 40])
+def test_sampled_steps_have_the_exact_trajectorys_log_probs(models, family, number):
+    """Of K of a row's steps that revealed something counted, all of them if it has no more; and of whole steps."""
+    model, rollout, estimator = models(family), rollout_for_tests(seed=2), SampledTrajectory(number)
+    with torch.no_grad():
+        exact = token_logps(model, rollout, ExactTrajectory(), temperature=0.7, iteration=3)
+        scores = token_logps(model, rollout, estimator, temperature=0.7, iteration=3)
+    torch.testing.assert_close(scores.logps, exact.logps.masked_fill(~scores.scored, 0), atol=1e-9, rtol=0)
+    assert torch.equal(scores.logps != 0, scores.scored)
+    weights = estimator.sampling_weights(rollout, rollout.view_seed, 3)
+    shortened = 0
+    for row in range(len(rollout)):
+        counted = set(rollout.unmask_step[row][rollout.counted[row]].tolist())
+        drawn = set(rollout.unmask_step[row][scores.scored[row]].tolist())
+        assert len(drawn) == min(number, len(counted))
+        whole = torch.isin(rollout.unmask_step[row], torch.tensor(sorted(drawn), dtype=torch.int64))
+        assert torch.equal(scores.scored[row], whole & rollout.counted[row])
+        assert weights[row].tolist() == pytest.approx([len(counted) / len(drawn)] * weights.shape[1])
+        shortened += len(counted) < len(set(rollout.unmask_step[row][rollout.revealed[row]].tolist()))
+    assert shortened, "a row with steps that revealed nothing counted"
+
+
+@pytest.mark.parametrize("number", [1, 2, 40])
+@pytest.mark.parametrize("alignment", ["position", "canvas"])
+def test_steps_of_a_block_causal_model_are_drawn_for_all_blocks_at_once(alignment, number):
+    """Of the steps that blocks replay beside each other, K; scored as the exact trajectory's, in K forwards."""
+    model = sharp_model("sdar", block_size=4)
+    model.config.block_alignment = alignment
+    rollout = whole_canvas(sample(model, block_length=4, cache="exact", diffusion_steps=9, temperature=1.0))
+    step, _ = rollout.replayed_steps()
+    estimator = SampledTrajectory(number)
+    with torch.no_grad():
+        exact = token_logps(model, rollout, ExactTrajectory(), iteration=1)
+        scores = token_logps(model, rollout, estimator, iteration=1)
+    torch.testing.assert_close(scores.logps, exact.logps.masked_fill(~scores.scored, 0), atol=1e-9, rtol=0)
+    weights = estimator.sampling_weights(rollout, rollout.view_seed, 1)
+    for row in range(len(rollout)):
+        drawn, steps = set(step[row][scores.scored[row]].tolist()), set(step[row].tolist())
+        assert len(drawn) == min(number, len(steps)) and weights[row, 0].item() == len(steps) / len(drawn)
+        assert torch.equal(scores.scored[row], torch.isin(step[row], torch.tensor(sorted(drawn))))
+    assert estimator.num_views(rollout) == min(number, int(step.max()) + 1) < int(rollout.num_steps.max())
+
+
+def test_every_set_of_steps_is_drawn_equally_often():
+    """Four steps of 1, 1, 2 and 1 counted tokens, of which two are drawn; a fifth revealed nothing counted."""
+    rollout = many_rows(6000, counted=(1, 1, 1, 1, 1, 0))
+    steps = torch.tensor([2, 0, 4, 4, 1, 3]).expand(6000, -1)
+    rollout = replace(rollout, unmask_step=steps)
+    estimator = SampledTrajectory(2)
+    scored = estimator.scored(rollout, rollout.view_seed, 5) & rollout.counted
+    assert torch.equal(scored[:, 2], scored[:, 3])
+    found = Counter(tuple(row) for row in scored[:, [0, 1, 2, 4]].tolist())
+    assert len(found) == 6 and all(abs(count - 1000) < 4 * (1000 * 5 / 6) ** 0.5 for count in found.values())
+    weights = estimator.sampling_weights(rollout, rollout.view_seed, 5)
+    assert weights.eq(2).all() and (scored.double().mean(dim=0)[:5] - 0.5).abs().max() < 0.03
+
+
+def test_steps_of_a_trajectory_are_at_least_one():
+    with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
+        SampledTrajectory(0)
+
+
 # ---------------------------------------------------------------------------------------------------------- identity 7
 
 
 @pytest.mark.parametrize("p_mask_prompt", [0.0, 0.4])
-@pytest.mark.parametrize("estimator", ALL_ESTIMATORS, ids=names)
+@pytest.mark.parametrize("estimator", [*ALL_ESTIMATORS, SampledTrajectory(2)], ids=names)
 def test_identity_7_scores_do_not_depend_on_the_batch(models, family, estimator, p_mask_prompt):
     """Left padding, batch order, batch size (rows together) and micro-batching (`batch_size`)."""
     model, rollout = models(family), rollout_for_tests(seed=4)

@@ -20,6 +20,7 @@ from trl_dllm.likelihood import (
     ExactTrajectory,
     Plan,
     PseudoLikelihood,
+    SampledTrajectory,
     StepMerge,
     TrajectoryPseudoLikelihood,
     perturb_prompt,
@@ -49,7 +50,7 @@ def test_scored_is_the_union_of_the_views_targets(name):
                 count += found
                 assert not (found & ~rollout.revealed).any()
         scored = estimator.scored(rollout, rollout.view_seed, iteration)
-        if name == "elbo":
+        if name.startswith("elbo"):
             assert torch.equal(scored, rollout.counted) and not ((count > 0) & ~scored).any()
             continue
         assert torch.equal(count > 0, scored)
@@ -83,6 +84,7 @@ def test_a_batch_that_counts_nothing_has_a_view_all_the_same(models, name):
     "estimator, disjoint",
     [
         (StepMerge(3), True),
+        (SampledTrajectory(3), True),
         (AnyOrder(), True),
         (PseudoLikelihood(3), True),
         (BlockPseudoLikelihood(2, 3), True),
@@ -100,7 +102,13 @@ def test_disjoint_estimators_make_no_number_of_two_views(estimator, disjoint):
 
 def test_draws_change_with_the_iteration_and_the_row_only():
     rollout = rollout_for_tests(seed=8)
-    for estimator in (PseudoLikelihood(2), BlockPseudoLikelihood(3), Elbo(2), CoupledElbo(2)):
+    for estimator in (
+        PseudoLikelihood(2),
+        BlockPseudoLikelihood(3),
+        SampledTrajectory(2),
+        Elbo(2),
+        CoupledElbo(2),
+    ):
         seen = [torch.stack([hits(estimator, rollout, n, k) for n in range(2)]) for k in (0, 0, 1)]
         assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2]), type(estimator).__name__
         other = replace(rollout, view_seed=rollout.view_seed + 1)

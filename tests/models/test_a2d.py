@@ -1,6 +1,7 @@
 """A2D: a stock decoder's keys and config; the tokenizer names the mask token, the repository's name the attention."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from oracles import left_pad
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
-from trl_dllm.models import MaskedDiffusionSpec
+from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
 from trl_dllm.models.a2d import (
     A2DLlamaConfig,
     A2DLlamaLMHeadModel,
@@ -107,7 +108,11 @@ def test_a_block_causal_one_is_told_by_its_name_and_trained_in_its_blocks(tmp_pa
         {**COMMON, **more, "architectures": [model_class.__name__], "model_type": "a2d-qwen3"},
         stock_shapes([parts] * 2),
     )
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    guesses = [str(w.message) for w in caught if "the checkpoint is called" in str(w.message)]
+    assert (block_size is None) == (not guesses)
     assert type(model) is model_class and model.config.block_size == block_size
     spec = MaskedDiffusionSpec.from_model(model, AutoTokenizer.from_pretrained(folder))
     assert spec == MaskedDiffusionSpec(3, 0, block_size)
@@ -119,6 +124,15 @@ def test_a_block_causal_one_is_told_by_its_name_and_trained_in_its_blocks(tmp_pa
     check_training(folder)
     model.save_pretrained(tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere" / "config.json").read_text())["block_size"] == block_size
+
+
+def test_what_a_config_says_of_full_attention_is_not_overridden_by_a_name(tmp_path):
+    """Nor is a folder above the checkpoint asked."""
+    model, _ = create_tiny_model("a2d_qwen3", 16, 1)
+    for folder in (tmp_path / "mdlm-against-bd3lm" / "checkpoint-1", tmp_path / "bd3lm"):
+        model.save_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text())["block_size"] is None
+        assert AutoModelForCausalLM.from_pretrained(folder).config.block_size is None
 
 
 def test_a_config_by_itself_is_of_full_attention():

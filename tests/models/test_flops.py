@@ -20,6 +20,7 @@ from trl_dllm.models import (
     apply_head,
     backbone_parameters,
     create_tiny_model,
+    head,
     hidden_rows,
     log_probs,
     paper_flops,
@@ -68,10 +69,10 @@ def tiny(family: str = "llada", attention: str = "sdpa", **kwargs):
     return model.train()
 
 
-def run(model) -> tuple[int, int]:
+def run(model, head_rows: int = HEAD_ROWS) -> tuple[int, int]:
     """Operations of a forward and of its backward pass, by torch."""
     ids = torch.randint(5, 50, (ROWS, WIDTH), generator=torch.Generator().manual_seed(0))
-    rows = torch.arange(0, ROWS * WIDTH, ROWS * WIDTH // HEAD_ROWS)
+    rows = torch.arange(0, ROWS * WIDTH, ROWS * WIDTH // head_rows)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with flop_counter() as counter:
         out = apply_head(model, inputs, rows, lambda logits: log_probs(logits, 3)[:, 5:6])
@@ -80,10 +81,10 @@ def run(model) -> tuple[int, int]:
     return forward, counter.get_total_flops() - forward
 
 
-def check(model, tolerance: float = 0.002):
-    count, (forward, backward) = TrainingFlops(model), run(model)
-    assert count(ROWS, WIDTH, WIDTH, HEAD_ROWS) == count.view(ROWS, WIDTH, HEAD_ROWS, training=False) == forward
-    counted = count.view(ROWS, WIDTH, HEAD_ROWS, training=True) - forward
+def check(model, tolerance: float = 0.002, head_rows: int = HEAD_ROWS):
+    count, (forward, backward) = TrainingFlops(model), run(model, head_rows)
+    assert count(ROWS, WIDTH, WIDTH, head_rows) == count.view(ROWS, WIDTH, head_rows, training=False) == forward
+    counted = count.view(ROWS, WIDTH, head_rows, training=True) - forward
     assert counted == pytest.approx(backward, rel=tolerance)
 
 
@@ -110,6 +111,15 @@ def test_frozen_layers_below_the_first_trained_one_are_not_recomputed(trained):
 def test_every_family_and_attention(family, attention, trained):
     # In the first layer that is trained, eager attention needs the gradients of some of q, k and v alone.
     check(TRAINED[trained](tiny(family, attention)), tolerance=0.03)
+
+
+@pytest.mark.parametrize("tiles", [0, 1, 2])
+@pytest.mark.parametrize("trained", ["all", "lora", "head"])
+def test_tiles_that_are_kept_are_not_computed_again(monkeypatch, trained, tiles):
+    """Of two tiles of 48 rows; the head is most of this model."""
+    model = TRAINED[trained](tiny(vocab_size=3001))
+    monkeypatch.setattr(head, "KEPT_BYTES", tiles * 48 * 3001 * 4 * 2)
+    check(model, head_rows=96)
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

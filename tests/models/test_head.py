@@ -280,12 +280,13 @@ def test_what_is_kept_for_the_backward_pass_fits_the_budget(monkeypatch, dtype, 
     for tiles in (1, 3, 4):
         budget = tiles * 56 * vocab * item * 2
         assert (tiles - 1) / 4 * 56 * 4 * vocab * item < held(budget + 100) - small <= budget + tiles * 8 * 1024
-    assert kept_rows(200, vocab, dtype) == 224
+    assert kept_rows(model.head, 200, dtype) == 224 and kept_rows(nn.Identity(), 200, dtype) == 0
 
 
 def test_the_budget_at_the_vocabulary_of_llada():
-    assert kept_rows(6 * 32, 126_464, torch.bfloat16) == 192 and kept_rows(1152, 126_464, torch.bfloat16) == 256
-    assert kept_rows(6 * 32, 126_464, torch.float64) == 128 and kept_rows(0, 126_464, torch.float32) == 8
+    head = nn.Linear(4096, 126_464, device="meta")
+    assert [kept_rows(head, count, torch.bfloat16) for count in (0, 6 * 32, 1152)] == [8, 192, 256]
+    assert kept_rows(head, 6 * 32, torch.float64) == 128
 
 
 def test_forward_is_restored_after_the_call_and_after_an_error():

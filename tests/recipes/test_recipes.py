@@ -1,9 +1,17 @@
 """Every recipe parses with the script that it is for, and the published settings are the papers'."""
 
 import pytest
+import torch
 import yaml
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from trl import get_peft_config
+from trl.trainer.utils import disable_dropout_in_model
 
-from trl_dllm.recipe import base_of, load_recipe, recipe_paths, render_recipe
+from trl_dllm.models import LLaDAConfig, LLaDAModelLM
+from trl_dllm.recipe import base_of, find_accelerate_config, load_recipe, recipe_paths, render_recipe
+from trl_dllm.rollout import Rollout
 from trl_dllm.scripts import dpo, grpo, sft
 from trl_dllm.scripts.rewards import resolve_rewards
 
@@ -70,9 +78,24 @@ def test_any_order_sft_of_llada_8b_is_d2s(stage):
     assert args.load_best_model_at_end and args.metric_for_best_model == "eval_loss" and not args.greater_is_better
     assert args.save_steps % args.eval_steps == 0
     assert model_args.dtype == "bfloat16" and not model_args.use_peft and not model_args.load_in_4bit
+    assert (args.weight_decay, args.lr_scheduler_type, args.warmup_steps) == (0.1, "linear", 0)
     assert script_args.dataset_name.startswith("your-name/"), "a placeholder"
     before = "GSAI-ML/LLaDA-8B-Instruct" if stage == 1 else "runs/llada_8b/any_order_stage1"
     assert model_args.model_name_or_path == before
+
+
+def test_masked_sft_on_s1k_is_d1s():
+    """d1's released code, and its tiny twin's loss."""
+    script_args, args, model_args = parse("llada_8b/sft/s1k_d1")
+    assert (args.objective, args.loss_weight, args.learning_rate) == ("masked_diffusion", "1/t", 1e-5)
+    assert (model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout) == (128, 256, 0.05)
+    assert model_args.use_peft and model_args.lora_target_modules == ["q_proj", "k_proj", "v_proj"]
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+    assert (args.num_train_epochs, args.max_length, args.weight_decay, args.max_grad_norm) == (20, 4096, 0.1, 1.0)
+    assert args.load_best_model_at_end and args.metric_for_best_model == "eval_loss"
+    assert script_args.dataset_name.startswith("your-name/"), "a placeholder"
+    _, tiny, _ = parse("tiny_llada/sft/sudoku_d1")
+    assert (tiny.objective, tiny.loss_weight) == (args.objective, args.loss_weight)
 
 
 def test_vrpo_of_llada_8b_is_the_papers():
@@ -106,6 +129,111 @@ def test_any_order_grpo_of_llada_8b_is_d2s():
     assert len(model_args.lora_target_modules) == 7 and model_args.use_peft and not model_args.load_in_4bit
     assert model_args.model_name_or_path == "runs/llada_8b/any_order_stage2"
     assert [name.split("_")[0] for name in script_args.reward_funcs] == ["d1"] * 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_warm_up_is_a_number_of_steps(name):
+    """A fraction would be of whatever `max_steps` is set to."""
+    assert isinstance(load_recipe(NAMES[name]).get("warmup_steps", 0), int)
+
+
+# ----------------------------------------------------------------------------------------- adapters, memory, commands
+
+LLADA_8B = {name: load_recipe(path) for name, path in NAMES.items() if name.startswith("llada_8b/")}
+LORA_BASE = base_of(NAMES["llada_8b/grpo/gsm8k_step_merge"])
+RELEASED = "--lora_target_modules q_proj k_proj v_proj up_proj"
+
+
+class OriginalLayer(nn.Module):
+    """The linear layers of a block of LLaDA's own code, by its names, at 8B."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "attn_out"):
+            setattr(self, name, nn.Linear(4096, 4096, bias=False))
+        self.ff_proj, self.up_proj = (nn.Linear(4096, 12288, bias=False) for _ in range(2))
+        self.ff_out = nn.Linear(12288, 4096, bias=False)
+
+
+def trained(model) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, recipe in LLADA_8B.items() if "/grpo/" in name and recipe.get("lora_r") == 128]
+)
+def test_lora_adapts_what_the_papers_say_and_the_head_has_what_their_code_did(name):
+    """335.5M parameters; under the original names PEFT finds four of the seven modules in silence: 167.8M."""
+    with torch.device("meta"):
+        _, _, ours = parse(name)
+        assert trained(get_peft_model(LLaDAModelLM(LLaDAConfig()), get_peft_config(ours))) == 335_544_320
+        _, _, released = parse(name, *RELEASED.split())
+        assert trained(get_peft_model(LLaDAModelLM(LLaDAConfig()), get_peft_config(released))) == 167_772_160
+        original = LoraConfig(r=ours.lora_r, target_modules=ours.lora_target_modules)
+        assert 32 * trained(get_peft_model(OriginalLayer(), original)) == 167_772_160
+    heads = [path.read_text().partition("\nbase:")[0] for path in (NAMES[name], base_of(NAMES[name]))]
+    assert RELEASED in heads[1] and "335.5M" in heads[1] and "167.8M" in heads[1]
+    if "step_merge" in name or "any_order" in name:
+        assert RELEASED in heads[0], "d2's"
+
+
+def kept(layers: int, width: int) -> int:
+    """Bytes that a forward of one row keeps for its backward at LLaDA-8B's shapes, by running it on fake tensors."""
+    with torch.device("meta"):
+        model = LLaDAModelLM(LLaDAConfig(num_hidden_layers=layers)).to(torch.bfloat16)
+        model = get_peft_model(model, get_peft_config(parse("llada_8b/grpo/gsm8k_any_order")[2]))
+    disable_dropout_in_model(model)  # `disable_dropout: true`, in every recipe
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            for name, weight in module._parameters.items():
+                empty = weight if weight is None else torch.empty(weight.shape, dtype=weight.dtype)
+                module._parameters[name] = empty if empty is None else nn.Parameter(empty, weight.requires_grad)
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.get_base_model().model(torch.full((1, width), 5), use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in weights)
+
+
+def test_what_keeps_its_activations_fits_80_gb():
+    """The head of _base.yaml and of gsm8k_any_order say how much; 4-bit weights take 5 GiB, bfloat16 ones 16."""
+    sizes = {(layers, width): kept(layers, width) for layers in (1, 2) for width in (64, 128)}
+    token = 32 * (sizes[2, 128] - sizes[1, 128] - sizes[2, 64] + sizes[1, 64]) / 64
+    assert f"{token / 1e6:.1f} MB" == "6.9 MB" and "6.9 MB of activations a token" in LORA_BASE.read_text()
+    gib = {name: token * tokens / 2**30 for name, tokens in (("456", 6 * 456), ("712", 8 * 712))}
+    assert f"{gib['456']:.0f} GiB" == "18 GiB" and "18 GiB" in LORA_BASE.read_text()
+    assert abs(gib["712"] - 37) < 1 and "37 GiB" in NAMES["llada_8b/grpo/gsm8k_any_order"].read_text()
+    largest = 0.0
+    for name in (name for name, recipe in LLADA_8B.items() if not recipe["gradient_checkpointing"]):
+        _, args, model_args = parse(name)
+        columns = getattr(args, "max_length", 0)
+        if "/grpo/" in name:
+            rollout = Rollout.scheduled(args.max_completion_length, args.generation_config().diffusion_steps)
+            columns = 512 + args.build_estimator().view(rollout, 0, rollout.view_seed, 0).input_ids.shape[1]
+        weights = (5 if model_args.load_in_4bit else 16.2) + 5  # adapters, their gradients, the optimizer
+        largest = max(largest, weights + token * args.per_device_train_batch_size * columns / 2**30)
+    assert 50 < largest < 80e9 / 2**30, "with prompts of 512 tokens"
+
+
+@pytest.mark.parametrize("name", LLADA_8B)
+def test_checkpointing_and_sharding_are_what_memory_asks_for(name):
+    """LoRA runs keep their activations, as in the released code; where all is trained, the command names a ZeRO."""
+    recipe, head = LLADA_8B[name], NAMES[name].read_text().partition("\n#\n")[0]
+    full = not recipe.get("use_peft") and not recipe.get("trainable_modules")
+    assert recipe["gradient_checkpointing"] == (not recipe.get("use_peft"))
+    _, _, sharding = head.partition("--accelerate_config ")
+    assert bool(sharding) == full
+    if full:
+        settings = yaml.safe_load(find_accelerate_config(sharding.split()[0]).read_text())
+        assert settings["deepspeed_config"]["zero_stage"] >= 2
 
 
 def test_tiny_any_order_recipes_differ_from_their_baselines_in_the_likelihood_alone():

@@ -39,6 +39,7 @@ def test_a_row_says_what_the_recipe_sets():
     assert row["KL"] == "beta 0.001, k3"
     assert ROWS["llada_8b/grpo/gsm8k_wd1"]["loss"] == "wd1, scale_rewards none"
     assert ROWS["tiny_llada/sft/sudoku_any_order"]["trained"] == "all"
+    assert ROWS["llada_8b/sft/s1k_d1"]["trained"] == "LoRA r 128 on q_proj, k_proj, v_proj"
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if "/grpo/" in name])

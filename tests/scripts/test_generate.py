@@ -11,9 +11,11 @@ from oracles import sharp_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from trl_dllm import cli
 from trl_dllm.generation import DiffusionGenerationConfig, decoding_of, save_decoding
 from trl_dllm.models import create_tiny_model
 from trl_dllm.scripts import generate, report
+from trl_dllm.step_maps import read_rollout
 
 
 @pytest.fixture
@@ -84,3 +86,61 @@ def test_an_adapter_in_the_original_names_is_on_the_model(tmp_path):
     assert not model.training
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS).logits.cpu(), adapted(input_ids=IDS).logits)
+
+
+def test_trajectories_are_written_and_scored_by_the_report(model, tmp_path, capsys):
+    """The model that drew them has their log-probs; another one has not; and the report is the drawing one's own."""
+    path = tmp_path / "drawn.jsonl"
+    words = ["generate", "--model_name_or_path", model, "--prompt", "12=", "--prompt", "3+4=", "--temperature", "0.8"]
+    cli.main([*words, "--no_stop_at_eos", "--save_rollouts", str(path)])
+    rollout = read_rollout(path)
+    assert rollout.completion_ids.shape == (2, 6) and rollout.temperature == 0.8 and rollout.steps == 4
+    capsys.readouterr()
+    scored = ["report", "--model_name_or_path", model, "--rollouts", str(path)]
+    cli.main([*scored, "--output_dir", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    assert "2 completions" in printed and float(printed.split("largest difference is ")[1].split()[0]) < 1e-5
+    found = json.loads((tmp_path / "report" / "likelihood.json").read_text())
+    assert found["rollouts"] == str(path) and found["generation"] == {"decoding": "denoising"} and found["n"] == 2
+    (exact,) = [line for line in found["estimators"] if line["name"] == "exact trajectory"]
+    assert exact["kl"] < 1e-6 and exact["logp"] == pytest.approx(
+        rollout.logps[rollout.counted].mean().item(), abs=1e-5
+    )
+    other = create_tiny_model(hidden_size=16, num_layers=1, seed=5)[0]
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(9)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(Path(model) / "tokenizer.json", tmp_path / "other")
+    shutil.copy(Path(model) / "tokenizer_config.json", tmp_path / "other")
+    cli.main(["report", "--model_name_or_path", str(tmp_path / "other"), "--rollouts", str(path)])
+    assert float(capsys.readouterr().out.split("largest difference is ")[1].split()[0]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"canvas_ids": [5, 6, 7, 999, 3, 3]}, r"canvas_ids[3]=999 must be a whole number from 0 to 100"),
+        ({"decoding": "backwards"}, "line 1: decoding='backwards' is unknown; choose"),
+        ({"logprobs": None}, None),
+    ],
+)
+def test_a_file_is_read_before_the_model(model, tmp_path, capsys, monkeypatch, change, message):
+    line = {"prompt_ids": [5], "canvas_ids": [5, 6, 7, 8, 3, 3], "step_maps": [1, 1, 2, 3, 0, 0], "mask_token_id": 3}
+    path = tmp_path / "theirs.jsonl"
+    path.write_text(json.dumps({**line, **change}))
+    argv = ["report", "--model_name_or_path", model, "--rollouts", str(path)]
+    if message is None:
+        cli.main(argv)
+        assert "The file has no log-probs to compare" in capsys.readouterr().out
+        return
+    monkeypatch.setattr(report, "load_model", lambda args: pytest.fail("the model was loaded"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 2 and message in str(ended.value)
+
+
+@pytest.mark.parametrize("flags", [[], ["--task", "sudoku", "--rollouts", "a.jsonl"]])
+def test_a_report_is_of_a_task_or_of_a_file(model, flags):
+    with pytest.raises(SystemExit, match=r"Name a task .--task. .* or a file .--rollouts."):
+        cli.main(["report", "--model_name_or_path", model, *flags])

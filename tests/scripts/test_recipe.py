@@ -28,7 +28,7 @@ def test_without_a_name_all_are_listed(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "did you mean tiny_llada/sft/sudoku?"), ("base: none.yaml\n", "not a file beside it")]
+    ("text", "message"), [(None, "did you mean tiny_sdar/sft/sudoku?"), ("base: none.yaml\n", "not a file beside it")]
 )
 def test_what_cannot_be_printed_is_one_line(text, message, tmp_path):
     path = tmp_path / "sft" / "sudoku.yaml"

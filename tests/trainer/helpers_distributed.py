@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, load_from_disk
 from helpers_dpo import config as dpo_config
-from helpers_grpo import build, history, lora, losses, text_prompts, tiny, weights
+from helpers_grpo import build, history, lora, losses, text_prompts, tiny, update, weights
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -63,6 +63,15 @@ def save_tiny(folder, dtype=torch.float32, **kwargs) -> str:
     model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def save_short(folder) -> str:
+    """A float64 checkpoint of which every sixth token ends a completion."""
+    checkpoint = save_tiny(folder, torch.float64)
+    path = Path(checkpoint) / "generation_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "eos_token_id": [1, *range(5, 101, 6)]}))
+    return checkpoint
 
 
 def launch(folder: Path, checkpoint: str, runs: dict, backend: dict | None = None, timeout: int = 300) -> list[dict]:
@@ -268,6 +277,15 @@ def run(
         "reductions": trainer.reductions,
         "views": trainer.views,
     }
+
+
+def run_update(folder, checkpoint: str, plain: bool, **settings) -> dict:
+    """Losses of this process's micro-steps and the gradients of both updates; see `update`."""
+    trainer = update(folder, checkpoint, plain, ddp_timeout=60, **settings)
+    path = Path(folder) / f"gradients{trainer.args.process_index}.pt"
+    path.parent.mkdir(exist_ok=True)
+    torch.save(trainer.gradients, path)
+    return {"loss": trainer.micro_losses, "gradients": str(path), "rows": trainer.scored_rows}
 
 
 def run_rows(folder, checkpoint: str, rows: list[int], cache: str | None = None, **settings) -> dict:

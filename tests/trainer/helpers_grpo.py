@@ -6,6 +6,8 @@ Import it as `from helpers_grpo import …`; pytest puts this folder on the path
 import copy
 import gc
 from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -15,7 +17,9 @@ from trl import GRPOTrainer
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, Rollout
 from trl_dllm.likelihood import Estimator, TokenScores, token_logps
+from trl_dllm.likelihood.view import perturb_prompt
 from trl_dllm.models import create_tiny_model
+from trl_dllm.trainer import grpo_trainer, old_and_reference
 from trl_dllm.trainer.buffer import from_batch
 
 
@@ -139,7 +143,7 @@ def losses(trainer, key: str = "loss") -> list[float]:
 
 def history(trainer) -> list[dict]:
     """The whole log, without times; `train_loss` is the mean over the steps of one call, which a resume divides."""
-    timed = ("step_time", "runtime", "per_second", "train_loss")
+    timed = ("step_time", "_seconds", "runtime", "per_second", "train_loss")
     return [
         {key: value for key, value in entry.items() if not key.endswith(timed)} for entry in trainer.state.log_history
     ]
@@ -155,6 +159,101 @@ class OneGraphTrainer(DiffusionGRPOTrainer):
 
     def _segmented_loss(self, model, inputs, views, score, loss):
         return loss(TokenScores.sum(map(score, range(views))), record=True)
+
+
+def half(completions, prompts, **kwargs) -> list[float]:
+    """Groups of one prompt are all alike: eight times 0.1, whose mean is not 0.1."""
+    values = reward(completions)
+    return [0.1 if text_of(prompt) == "ab" else value for prompt, value in zip(prompts, values, strict=True)]
+
+
+class UpdateTrainer(DiffusionGRPOTrainer):
+    """Keeps the losses of its micro-steps and the gradients of its steps, and counts the rows that it scores."""
+
+    def __init__(self, *args, **kwargs):
+        self.micro_losses, self.gradients, self.scored_rows = [], [], 0
+        super().__init__(*args, **kwargs)
+
+    def _score_view(self, model, plan, number, *args, **kwargs):
+        self.scored_rows += len(plan[number][1])
+        return super()._score_view(model, plan, number, *args, **kwargs)
+
+    def _compute_loss(self, model, inputs):
+        loss = super()._compute_loss(model, inputs)
+        self.micro_losses.append(loss.item())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.gradients.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad})
+        return super()._get_grad_norm(model, grad_norm)
+
+
+class EveryView:
+    """A plan of all views, each in a forward of all rows; takes a `Plan`'s arguments."""
+
+    def __init__(self, estimator, rollout, draw, size, p_mask_prompt=0.0, skipped=None):
+        self.rollout = perturb_prompt(rollout, p_mask_prompt, rollout.view_seed, draw)
+        self._views = [
+            estimator.view(self.rollout, n, rollout.view_seed, draw) for n in range(estimator.num_views(rollout))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __getitem__(self, number: int):
+        return self._views[number], torch.arange(len(self.rollout))
+
+
+class PlainTrainer(UpdateTrainer):
+    """The control: every view on every column, on one graph; nothing skipped, and the old policy in a pass of its own.
+
+    Within `plainly()`, which takes away what is not a method.
+    """
+
+    _segmented_loss = OneGraphTrainer._segmented_loss
+
+    def _compute_loss(self, model, inputs):
+        assert grpo_trainer.Plan is EveryView and ("old_per_token_logps" in inputs) == self.args.scores_old
+        # As if the policy had moved since the batch was drawn: the ratio is to what the buffer has.
+        drawn, self._generation_round[0] = self._generation_round[0], (-1, 0)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._generation_round[0] = drawn
+
+
+@contextmanager
+def plainly():
+    with (
+        patch.object(grpo_trainer, "Plan", EveryView),
+        patch.object(grpo_trainer, "compact", lambda view: view),
+        patch.object(grpo_trainer, "rows_without_gradient", lambda trainer, rewards, mask: mask[:, 0] < 0),
+        patch.object(old_and_reference, "_batches_of_the_first_update", lambda trainer: 0),
+    ):
+        yield
+
+
+def update(folder, checkpoint: str, plain: bool = False, **settings) -> UpdateTrainer:
+    """Two updates on one generation batch in float64, of rows that end at different places; some have no gradient."""
+    settings = {
+        "num_iterations": 2,
+        "max_steps": 2,
+        "beta": 0.0,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "max_grad_norm": 1e9,
+        "reward_funcs": half,
+        "scale_rewards": "none",
+        "stop_at_eos": False,
+        "model_init_kwargs": {"dtype": "auto"},
+        **settings,
+    }
+    if settings.get("loss_type") == "luspo":
+        settings["importance_sampling_level"] = "sequence"
+    with plainly() if plain else nullcontext():
+        trainer = build(folder, PlainTrainer if plain else UpdateTrainer, model=checkpoint, **settings)
+        trainer.train()
+    return trainer
 
 
 class CountingTrainer(DiffusionGRPOTrainer):

@@ -223,3 +223,58 @@ def test_decoding_settings_may_stand_in_generation_kwargs(tmp_path):
     assert (given.block_length, given.remasking) == (8, "random")
     assert given.generation_config().block_length == 8
     build(tmp_path, generation_kwargs={"block_length": 8}).train()
+
+
+# ------------------------------------------------------------------------------------------- an estimator of one's own
+
+MINE = """
+import trl_dllm.likelihood
+
+
+class Mine(trl_dllm.likelihood.StepMerge):
+    def __init__(self, strength: float, num_segments: int = 2):
+        super().__init__(num_segments)
+        self.strength = strength
+
+
+mine = Mine(1.0)
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "my_estimators.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+def test_an_estimator_of_ones_own_is_named_by_its_path(mine):
+    args = config(mine, estimator="my_estimators.Mine", estimator_kwargs={"strength": 2}, num_segments=3)
+    built = args.build_estimator()
+    assert type(built).__name__ == "Mine" and (built.strength, built.num_segments) == (2, 3)
+    assert type(config(mine, estimator="trl_dllm.likelihood.MeanField").build_estimator()) is MeanField
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"estimator": "no_such.Mine"}, r"estimator: 'no_such.Mine' cannot be imported: No module named 'no_such'"),
+        ({"estimator": "my_estimators.Mein"}, r"has no 'Mein'; did you mean my_estimators.Mine\?"),
+        ({"estimator": "my_estimators.mine"}, r"is a Mine, and must be a subclass of trl_dllm.likelihood.Estimator"),
+        ({"estimator": "trl_dllm.Rollout"}, r"'trl_dllm.Rollout' is the class Rollout, and must be a subclass of"),
+        ({"estimator": "my_estimators.Mine"}, r"estimator_kwargs=\{\}: 'my_estimators.Mine' needs .*'strength'"),
+        (
+            {"estimator": "my_estimators.Mine", "estimator_kwargs": {"strength": "2"}},
+            r"estimator_kwargs: strength='2' must be a finite number",
+        ),
+        (
+            {"estimator": "my_estimators.Mine", "estimator_kwargs": {"strength": 2, "strenght": 2}},
+            r"estimator_kwargs: 'my_estimators.Mine' has no argument 'strenght'; did you mean 'strength'",
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_no_estimator_is_refused_by_field_value_and_remedy(mine, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(mine, **settings)

@@ -7,9 +7,10 @@ from itertools import product
 
 import pytest
 import torch
-from helpers_distributed import BACKENDS, launch, needs, run, run_rows, save_tiny
+from helpers_distributed import BACKENDS, launch, needs, run, run_rows, save_short, save_tiny
 
 from trl_dllm.likelihood import ESTIMATORS
+from trl_dllm.trainer.loss import LOSSES
 
 
 STEP_MERGE = {"estimator": "step_merge", "num_segments": 4}
@@ -160,6 +161,33 @@ def test_ddp_equals_one_process_in_every_combination(tmp_path, checkpoint, alone
 
 
 @pytest.mark.slow
+def test_an_update_of_two_processes_is_the_plain_one(tmp_path):
+    """As `test_old_and_reference.py` has it of one: every loss, with other rows and numbers of forwards on each."""
+    views = {"num_segments": 4, "p_mask_prompt": 0.15}
+    runs = {loss: {**views, "loss_type": loss} for loss in LOSSES}
+    two_streams = {"estimator": "any_order", "decoding": "any_order", "cache": "exact", "beta": 0.04}
+    runs |= {f"{loss}, any-order": {**two_streams, "loss_type": loss} for loss in ("grpo", "luspo", "vespo")}
+    described = {
+        f"{name}, plain={plain}": {"do": "run_update", "plain": plain, **settings}
+        for name, settings in runs.items()
+        for plain in (False, True)
+    }
+    both = launch(tmp_path, save_short(tmp_path / "checkpoint"), described, timeout=180)
+    uneven = 0
+    for name in runs:
+        ours, plain = ([result[f"{name}, plain={plain}"] for result in both] for plain in (False, True))
+        uneven += ours[0]["rows"] != ours[1]["rows"]
+        for mine, expected in zip(ours, plain, strict=True):
+            assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-12), name
+        assert sum(result["rows"] for result in ours) < sum(result["rows"] for result in plain)
+        for mine, expected in zip(*(torch.load(part[0]["gradients"]) for part in (ours, plain)), strict=True):
+            largest = max(value.abs().max() for value in expected.values())
+            assert largest > 1e-4, name
+            assert max((mine[key] - expected[key]).abs().max() for key in mine) < 1e-6 * largest, name
+    assert uneven > 0, "both processes run as many rows: nothing was tested"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["zero2", "zero3", "fsdp2"])
 def test_sharding_equals_one_process(tmp_path, checkpoint, alone, backend):
     needs(backend)
@@ -181,6 +209,7 @@ ESTIMATOR_SETTINGS: dict[str, dict] = {
     "mean_field": {},
     "step_merge": {"num_segments": 4},
     "exact_trajectory": {"confidence_threshold": 0.02, "block_length": 8},
+    "agrpo": {"estimator_kwargs": {"num_steps": 3}},
     "any_order": {"decoding": "any_order", "cache": "exact"},
     "pkl": {},
     "pkl_u": {"estimator_kwargs": {"block_size": 3, "num_views": "partition"}},

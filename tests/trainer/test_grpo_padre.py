@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import trl_dllm.likelihood.pseudo
-import trl_dllm.trainer.grpo_trainer
+import trl_dllm.trainer.loss
 from trl_dllm import DiffusionGRPOTrainer
 from trl_dllm.likelihood import (
     ESTIMATORS,
@@ -201,7 +201,7 @@ def test_identity_6_for_other_numbers_of_positions(monkeypatch, tmp_path, number
 def test_identity_6_fails_if_the_mask_is_merely_shrunk(monkeypatch, tmp_path, loss_type):
     """The control: without n / k and with shrunk normalisers the expectation is another gradient."""
     monkeypatch.setattr(
-        trl_dllm.trainer.grpo_trainer, "sub_sample_weights", lambda mask, scored: (mask.bool() & scored).long()
+        trl_dllm.trainer.loss, "sub_sample_weights", lambda mask, scored, _: (mask.bool() & scored).long()
     )
     _, error = mean_and_full(monkeypatch, tmp_path, PseudoLikelihood(2), PseudoLikelihood(), loss_type=loss_type)
     assert error > 1e-2
@@ -219,6 +219,7 @@ COMPLETE = {
 }
 COUPLED_TOKENS = [
     {"importance_sampling_level": "sequence"},
+    {"importance_sampling_level": "sequence_token"},
     {"loss_type": "luspo"},
     {"loss_type": "vespo"},
     {"off_policy_mask_threshold": 0.5},
@@ -603,6 +604,7 @@ CYCLES = {
     "mean_field": {},
     "step_merge": {},
     "exact_trajectory": {},
+    "agrpo": {"num_steps": 2},
     "any_order": {"decoding": "any_order"},
     "pkl": {"num_positions": 3},
     "pkl_u": {"block_size": 2, "num_views": 2},

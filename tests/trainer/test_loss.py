@@ -95,6 +95,17 @@ def test_sub_sample_weights_sum_to_the_counted_tokens_and_are_even():
     assert sub_sample_weights(mask, scored).tolist() == expected
 
 
+def test_weights_of_an_estimators_own_are_made_up_to_the_counted_tokens():
+    """What is over or missing goes to positions without a gradient; a row that is scored whole has none."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    scored = torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    weights = torch.tensor([[1.5], [1.0], [2.0], [8.0]]).expand(-1, 4)
+    expected = [[1.5, 0.5, 0.5, 1.5], [1, 1, 1, 0], [0, 0, 0, 0], [8, -4 / 3, -4 / 3, -4 / 3]]
+    found = sub_sample_weights(mask, scored, weights)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert torch.equal(found.sum(dim=1).round(decimals=5), mask.sum(dim=1).float())
+
+
 def test_wd1_weights_are_softmax_plus_minus_of_each_group():
     groups = torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, -1.0]], dtype=torch.float64)
     weights = wd1_weights(groups)

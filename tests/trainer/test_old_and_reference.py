@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers_grpo import build, losses, reward, text_of, weights
+from helpers_distributed import save_short
+from helpers_grpo import build, half, losses, update, weights
 
 from trl_dllm import DiffusionGRPOTrainer
 from trl_dllm.likelihood import Plan
@@ -30,6 +31,36 @@ def run(folder, **settings):
     trainer = build(folder, Counting, **{"num_iterations": 2, "max_steps": 2, "beta": 0.0, **settings})
     trainer.train()
     return trainer
+
+
+# ----------------------------------------------------------------------------------------------------------- all of it
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return save_short(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"estimator": "step_merge", "num_segments": 4, "p_mask_prompt": 0.15},
+        {"estimator": "any_order", "decoding": "any_order", "cache": "exact", "beta": 0.04},
+    ],
+    ids=["step_merge", "any_order"],
+)
+def test_an_update_is_the_plain_one(tmp_path, checkpoint, loss_type, settings):
+    """Packed, compacted, without what has no gradient, and with the old policy from the update itself, against every
+    view on every column: the same loss and gradient, before the policy has moved and behind it."""
+    settings = {**settings, **({"beta": 0.0} if loss_type == "wd1" else {}), "loss_type": loss_type}
+    ours = update(tmp_path / "a", checkpoint, **settings)
+    plain = update(tmp_path / "b", checkpoint, plain=True, **settings)
+    assert ours.scored_rows < plain.scored_rows and ours.flops.counted < 0.8 * plain.flops.counted
+    assert ours.micro_losses == pytest.approx(plain.micro_losses, rel=1e-6, abs=1e-12) and len(ours.micro_losses) == 4
+    for found, expected in zip(ours.gradients, plain.gradients, strict=True):
+        largest = max(value.abs().max() for value in expected.values())
+        assert largest > 1e-4 and max((found[name] - expected[name]).abs().max() for name in found) < 1e-6 * largest
 
 
 # ---------------------------------------------------------------------------------------------------------- old policy
@@ -99,12 +130,6 @@ def test_draws_are_read_from_words_and_numbers(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------- rows without gradient
-
-
-def half(completions, prompts, **kwargs) -> list[float]:
-    """Groups of one prompt are all alike: eight times 0.1, whose mean is not 0.1."""
-    values = reward(completions)
-    return [0.1 if text_of(prompt) == "ab" else value for prompt, value in zip(prompts, values, strict=True)]
 
 
 def everything(trainer, rewards, mask):

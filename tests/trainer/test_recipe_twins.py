@@ -49,8 +49,9 @@ def twin(path: Path, folder: Path):
     """The recipe's arguments, shrunk on the command line as a user would."""
     recipe = load_recipe(path)
     length = recipe["max_completion_length"]
-    steps = CANVAS * recipe["diffusion_steps"] // length
     block = {1: 1, length: CANVAS}.get(recipe["block_length"], CANVAS // 2)
+    blocks = CANVAS // block
+    steps = CANVAS * recipe["diffusion_steps"] // length // blocks * blocks
     overrides = {
         "max_completion_length": CANVAS,
         "block_length": block,
@@ -71,7 +72,7 @@ def twin(path: Path, folder: Path):
     }
     if "num_segments" in recipe:
         overrides["num_segments"] = max(2, steps * recipe["num_segments"] // recipe["diffusion_steps"])
-    sizes = {"num_positions": 3, "block_size": 5}
+    sizes = {"num_positions": 3, "block_size": 5, "num_steps": 3}
     if "estimator_kwargs" in recipe:
         kwargs = {key: sizes.get(key, value) for key, value in recipe["estimator_kwargs"].items()}
         overrides["estimator_kwargs"] = json.dumps(kwargs)
@@ -124,7 +125,9 @@ def test_the_tiny_twin_of_a_recipe_trains_ten_steps(tmp_path, path):
 def test_every_published_method_has_a_recipe():
     expected = {f"{task}_pkl" for task in ("gsm8k", "math500", "humaneval", "mbpp")}
     expected |= {f"{task}_step_merge" for task in ("gsm8k", "math500", "countdown", "sudoku")}
-    methods = "pkl_u pkl_t any_order diffu_grpo wd1 coupled_grpo espo gdpo tracerl justgrpo cj_grpo ddpo"
+    methods = (
+        "pkl_u pkl_t any_order diffu_grpo wd1 coupled_grpo espo gdpo tracerl justgrpo cj_grpo ddpo agrpo gspo_token"
+    )
     expected |= {f"gsm8k_{method}" for method in methods.split()}
     assert expected <= {path.stem.removeprefix("config_") for path in FILES}
 

@@ -57,7 +57,7 @@ WRONG = [
     # words that nobody knows
     ({"loss_type": "nonsense"}, "'nonsense'", "'grpo'"),
     ({"loss_type": "dr_grp"}, "'dr_grp'", "did you mean 'dr_grpo'"),
-    ({"importance_sampling_level": "word"}, "'word'", "'token' or 'sequence'"),
+    ({"importance_sampling_level": "word"}, "'word'", "'token', 'sequence' or 'sequence_token'"),
     ({"scale_rewards": "std"}, "'std'", "'group'"),
     ({"multi_objective_aggregation": "sum"}, "'sum'", "'sum_then_normalize'"),
     ({"lr_scheduler_type": "cosin"}, "'cosin'", "did you mean 'cosine'"),

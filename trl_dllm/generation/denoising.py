@@ -21,6 +21,9 @@ from ..rollout import Rollout, count_until_eos, widen
 from .order import OF_PROBABILITIES, choose, draw_tokens, measure, named, truncate, which
 
 
+_CACHED = 2**17  # logits
+
+
 def default_eos(model: nn.Module) -> tuple[int, ...]:
     """The end-of-sequence ids that a model names, in its generation config or its config."""
     model = unwrap(model)
@@ -227,6 +230,11 @@ class Denoising:
         ]
 
         def reduce(logits: Tensor, draw: Tensor) -> Tensor:
+            # A CPU takes a few rows at a time, whose tables stay in its cache.
+            size = max(1, _CACHED // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+            return torch.cat([drawn(*part) for part in zip(logits.split(size), draw.split(size), strict=True)])
+
+        def drawn(logits: Tensor, draw: Tensor) -> Tensor:
             if config.cfg_scale > 0:
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 logits = logits[:, 1] + (config.cfg_scale + 1) * (logits[:, 0] - logits[:, 1])

@@ -12,7 +12,6 @@ VALUE_INDEPENDENT = ("margin", "entropy", "random", "left_to_right")
 OF_PROBABILITIES = ("low_confidence", "margin", "entropy")
 
 _BLOCK = 512  # tokens whose cumulative probabilities are formed to draw one of them
-_ROWS = 16  # rows that are in float64 at a time: copies beyond 32 MB cost a CPU more to get than to fill
 
 
 def draw_tokens(log_p: Tensor, uniform: Tensor) -> Tensor:
@@ -25,12 +24,9 @@ def draw_tokens(log_p: Tensor, uniform: Tensor) -> Tensor:
     vocab = log_p.shape[-1]
     size = min(_BLOCK, vocab)
     whole = vocab // size * size
-    sums = []
-    for part in log_p.split(_ROWS):
-        p = part.to(torch.float64, copy=True).exp_()
-        blocks = [p[:, :whole].unflatten(1, (-1, size)).sum(dim=-1), p[:, whole:].sum(dim=-1, keepdim=True)]
-        sums.append(torch.cat(blocks, dim=1))
-    cumulative = torch.cat(sums).cumsum(dim=-1)
+    p = log_p.to(torch.float64, copy=True).exp_()
+    sums = [p[:, :whole].unflatten(1, (-1, size)).sum(dim=-1), p[:, whole:].sum(dim=-1, keepdim=True)]
+    cumulative = torch.cat(sums, dim=1).cumsum(dim=-1)
     # Scaled by the last entry, which rounding leaves near 1 and not at it.
     point = uniform.double()[:, None] * cumulative[:, -1:]
     block = _first_above(cumulative, point)

@@ -10,9 +10,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
 from transformers.utils.hub import cached_file
 
 from ..fields import check_kind
+from ..models.spec import FACTS, MaskedDiffusionSpec
 from .config import DecodingArguments, DiffusionGenerationConfig
 
 
@@ -101,6 +103,16 @@ def decoding_config(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Diffu
     return replace(resized, **changes)
 
 
+def _read_spec(name: str) -> MaskedDiffusionSpec | None:
+    """What a model's config says of it, but for the mask token; None where there is none to read."""
+    try:
+        config = AutoConfig.from_pretrained(name).get_text_config()
+    except (OSError, ValueError):  # whoever loads it says so
+        return None
+    facts = {fact: value for fact in FACTS[1:] if (value := getattr(config, fact, None)) is not None}
+    return MaskedDiffusionSpec(0, **facts)
+
+
 def saved_decoding_config(
     names: Iterable[str | None], given: Mapping[str, Any]
 ) -> tuple[DiffusionGenerationConfig, str | None]:
@@ -109,11 +121,23 @@ def saved_decoding_config(
     Args:
         names (`Iterable[str | None]`): places to look at, such as an adapter and its model; the first one that has a
             `decoding.json` counts.
+            The last is the model: block-causal ones have their block length from its config.
         given (`Mapping[str, Any]`): fields of the config that were given explicitly.
+
+    Raises:
+        ValueError: settings that the model cannot be decoded with.
     """
     places = [name for name in names if name]
     place, saved = next(((name, found) for name in places if (found := read_decoding(name))), (None, {}))
+    spec = _read_spec(places[-1]) if places else None
+    size = None if spec is None else spec.block_size
+    if size is not None:  # a block-causal model is decoded in its own blocks
+        saved = {**saved, "block_length": size}
+        if "max_new_tokens" in saved:
+            saved["max_new_tokens"] = -(-saved["max_new_tokens"] // size) * size
     config = decoding_config(saved, given)
+    if spec is not None:
+        config.check_model(spec)
     if place is None:
         line = f"No {DECODING} with {' or '.join(places)}: the canvas has {config.max_new_tokens} tokens, the default."
         return config, None if "max_new_tokens" in given else line

@@ -1,19 +1,21 @@
 """How a completion's log-probs are computed: estimators, and the scorer that runs their views."""
 
+from ..noise import Purpose, random_ranks, uniform
 from .any_order import AnyOrder
 from .elbo import CoupledElbo, Elbo
 from .plan import Plan, compact, counted_view
 from .pseudo import BlockPseudoLikelihood, PseudoLikelihood, TrajectoryPseudoLikelihood
 from .score import Reference, TokenScores, check_estimator, score_view, token_logps
-from .trajectory import ExactTrajectory, MeanField, StepMerge
-from .view import Estimator, View, perturb_prompt
+from .trajectory import ExactTrajectory, MeanField, SampledTrajectory, StepMerge, segment_view
+from .view import Estimator, View, canvas_view, perturb_prompt
 
 
-# The trainer's `estimator` names. A new estimator is a new file and a line here.
+# The trainer's `estimator` names, beside which it takes the path of any other `Estimator` (docs/extending.md).
 ESTIMATORS: dict[str, type[Estimator]] = {
     "mean_field": MeanField,
     "step_merge": StepMerge,
     "exact_trajectory": ExactTrajectory,
+    "agrpo": SampledTrajectory,
     "any_order": AnyOrder,
     "pkl": PseudoLikelihood,
     "pkl_u": BlockPseudoLikelihood,
@@ -33,15 +35,21 @@ __all__ = [
     "MeanField",
     "Plan",
     "PseudoLikelihood",
+    "Purpose",
     "Reference",
+    "SampledTrajectory",
     "StepMerge",
     "TokenScores",
     "TrajectoryPseudoLikelihood",
     "View",
+    "canvas_view",
     "check_estimator",
     "compact",
     "counted_view",
     "perturb_prompt",
+    "random_ranks",
     "score_view",
+    "segment_view",
     "token_logps",
+    "uniform",
 ]

@@ -29,16 +29,18 @@ class Elbo(Estimator):
         coupled (`bool`): draws come in complementary pairs, U and its complement (DiffuCoder), so that every position
             is scored exactly once a pair, with weight 1: an average of log-probs, which stays per token, and no longer
             the bound. M must be even.
+        stratified (`bool`): how many positions the draws mask is spread evenly over 1..R, from a common random start
+            (GDPO's fixed points, moved): the same mean, and less variance.
     """
 
     stochastic = True
 
-    def __init__(self, num_samples: int = 2, coupled: bool = False):
+    def __init__(self, num_samples: int = 2, coupled: bool = False, stratified: bool = False):
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1.")
         if coupled and num_samples % 2:
             raise ValueError(f"num_samples={num_samples} must be even with coupled=True: draws come in pairs.")
-        self.num_samples, self.coupled = num_samples, coupled
+        self.num_samples, self.coupled, self.stratified = num_samples, coupled, stratified
         self.disjoint = coupled and num_samples == 2
         self.per_token = coupled
 
@@ -49,7 +51,12 @@ class Elbo(Estimator):
         draw = n // 2 if self.coupled else n
         counted = rollout.counted
         total = counted.sum(dim=1, keepdim=True)
-        number = 1 + (uniform(seeds, Purpose.VIEW, iteration, draw, 0)[:, None] * total).long()  # l in 1..R
+        place = uniform(seeds, Purpose.VIEW, iteration, 0 if self.stratified else draw, 0)[:, None]
+        if self.stratified:
+            place = ((place + draw) / (self.num_samples // 2 if self.coupled else self.num_samples)).clamp(
+                max=1 - 1e-9
+            )
+        number = 1 + (place * total).long()  # l in 1..R
         order = random_ranks(counted, seeds, Purpose.VIEW, iteration, draw, 1)
         chosen = counted & ((order >= number) if self.coupled and n % 2 else (order < number))
         if n >= self.num_samples:  # asked for by a process that needs more views than this one

@@ -43,8 +43,13 @@ class Plan:
         self.estimator, self.iteration, self.size = estimator, iteration, size
         self.seeds = rollout.view_seed if seeds is None else seeds
         self.rollout = perturb_prompt(rollout, p_mask_prompt, self.seeds, iteration)
-        views = [self._view(n).targets != IGNORE for n in range(estimator.num_views(rollout))]
-        needed = torch.stack(views).any(dim=2)  # (views, B)
+        weights, targets = torch.zeros_like(rollout.counted, dtype=torch.float64), []
+        for n in range(estimator.num_views(rollout)):  # of which one at a time is in memory
+            view = self._view(n)
+            targets.append((view.targets != IGNORE).any(dim=1))
+            weights.scatter_add_(1, view.index, view.weight.double().masked_fill(view.targets == IGNORE, 0))
+        _check_weights(estimator, rollout, weights)
+        needed = torch.stack(targets)  # (views, B)
         if skipped is not None:
             needed &= ~skipped
         # Read back once: what follows is known without asking the device.
@@ -75,6 +80,27 @@ class Plan:
 
     def _view(self, n: int) -> View:
         return counted_view(self.estimator, self.rollout, n, self.seeds, self.iteration)
+
+
+def _check_weights(estimator: Estimator, rollout: Rollout, weights: Tensor) -> None:
+    """Raise ValueError where a position's weights (B, L), over all views, are not as `Estimator` promises."""
+    left_out = estimator.sub_samples(rollout.counted.shape[1])
+    wrong = rollout.counted & ((weights - 1).abs() > 1e-3) & ~((weights == 0) & left_out)
+    if not estimator.per_token or not wrong.any():
+        return
+    row, position = wrong.nonzero()[0].tolist()
+    found = f"sum to {float(weights[row, position]):.4g} over all views"
+    says = f"{type(estimator).__name__}: the weights of position {position} of row {row} {found}"
+    if left_out:
+        raise ValueError(
+            f"{says}, and it says sub_samples: the trainer weighs what is drawn, so that it would be weighted twice. "
+            "Give the views weight 1, and return what a position counts for from sampling_weights (None: n / k)."
+        )
+    raise ValueError(
+        f"{says}, and its numbers are to be log-probs of tokens. Score each counted position with weights that sum to "
+        "1; have sub_samples return True where positions are left out; or set per_token = False where the numbers are "
+        "of the row."
+    )
 
 
 def counted_view(estimator: Estimator, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:

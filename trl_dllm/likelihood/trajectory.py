@@ -20,12 +20,16 @@ at once, and the error stays inside a block (docs/methods.md §2.8).
 import torch
 from torch import Tensor
 
+from ..noise import Purpose, random_ranks
 from ..rollout import Rollout
 from .view import Estimator, View, canvas_view
 
 
 def segment_view(rollout: Rollout, start: Tensor, end: Tensor) -> View:
-    """The canvas before step `start` of those it replays, scoring what steps [start, end) revealed; both (B, L)."""
+    """The canvas before step `start` of those it replays, scoring what steps [start, end) revealed.
+
+    Both are (B, L), or (B, 1) where all positions of a row have the same.
+    """
     step, _ = rollout.replayed_steps()
     before = (step >= 0) & (step < start)
     segment = (step >= start) & (step < end)
@@ -85,3 +89,58 @@ class ExactTrajectory(Estimator):
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
         start = torch.full_like(rollout.unmask_step, n)
         return segment_view(rollout, start, end=start + 1)  # scores nothing in a row that took fewer steps
+
+
+class SampledTrajectory(Estimator):
+    """AGRPO: K of the steps of the exact trajectory, drawn anew in each iteration (Zhan, arXiv 2510.04019).
+
+    A row has T steps that revealed a counted token (in a block-causal model, T of the steps that all blocks replay at
+    once). Without replacement K of them are drawn, and their tokens scored as `ExactTrajectory` does. In the loss each
+    counts T / K, so that for token-level losses the expected gradient is the exact trajectory's. (n / k, by tokens,
+    would be biased where steps reveal unequal numbers.) Costs K forwards of P + L tokens a row, of P + 2L for a
+    block-causal model; K >= T is `ExactTrajectory`.
+
+    Args:
+        num_steps (`int`): K, steps of a row that are scored.
+    """
+
+    stochastic = True
+    replays = ("denoising",)
+
+    def __init__(self, num_steps: int = 8):
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps} must be at least 1 step of the trajectory.")
+        self.num_steps = num_steps
+
+    def num_views(self, rollout: Rollout) -> int:
+        return max(1, min(self.num_steps, int(_counted_steps(rollout).sum(dim=1).max())))
+
+    def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
+        chosen = (self._ranks(rollout, seeds, iteration) == n) & (n < self.num_steps)
+        # A row with fewer steps begins behind its last one, and scores nothing.
+        start = torch.where(chosen.any(dim=1), chosen.long().argmax(dim=1), chosen.shape[1])[:, None]
+        return segment_view(rollout, start, end=start + 1)
+
+    def sub_samples(self, canvas_length: int) -> bool:
+        return self.num_steps < canvas_length
+
+    def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
+        step, _ = rollout.replayed_steps()
+        ranks = self._ranks(rollout, seeds, iteration).gather(1, step.clamp(min=0))
+        return rollout.revealed & (ranks < self.num_steps)
+
+    def sampling_weights(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
+        number = _counted_steps(rollout).sum(dim=1, keepdim=True)
+        return (number / self.num_steps).clamp(min=1).expand_as(rollout.counted)
+
+    def _ranks(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
+        """Rank of each step in the row's random order, int64 (B, L); steps that reveal nothing counted come last."""
+        steps = _counted_steps(rollout)
+        order = random_ranks(steps, seeds, Purpose.VIEW, iteration)
+        return order.masked_fill(~steps, torch.iinfo(torch.int64).max)
+
+
+def _counted_steps(rollout: Rollout) -> Tensor:
+    """Steps that revealed a counted token, bool (B, L): there are no more steps than positions."""
+    step, _ = rollout.replayed_steps()
+    return torch.zeros_like(step).scatter_add(1, step.clamp(min=0), rollout.counted.long()) > 0

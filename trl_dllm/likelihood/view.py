@@ -77,21 +77,41 @@ class View(Layout):
 class Estimator:
     """What a paper says: which views of a rollout a likelihood is read from.
 
-    Subclasses set `stochastic` (views need a draw per inner iteration), `disjoint` (no position's number depends on
-    two views) and `per_token` (a position's number is its own token's, not a share of the row's), and implement
-    `num_views` and `view`.
-    `view(rollout, n, …)` must also answer for n beyond a rollout's own number of views, by a view that scores nothing:
-    with several processes each of them runs the largest number.
+    A subclass implements `num_views` and `view`, and says with attributes and the other methods what holds of them.
+    One of your own needs no change of this package: `estimator: my_module.MyEstimator` (docs/extending.md). The
+    contract:
+
+    - **Views are functions** of (rollout, n, seeds, iteration): the old, the reference and the current policy are
+      scored on equal ones. Random ones draw with `uniform` or `random_ranks`, keyed by (seeds, `Purpose.VIEW`,
+      iteration), and set `stochastic`, so that each inner iteration has a draw of its own.
+    - **Rows are by themselves**: a row's views depend neither on the other rows nor on padding.
+    - `view(rollout, n, …)` also answers for n beyond a rollout's own number of views, by a view that scores nothing:
+      with several processes each of them runs the largest number. Views have one width.
+    - **Numbers of tokens** (`per_token`): a counted position's weights sum to 1 over all views, so that what the loss
+      exponentiates is its token's log-prob. An estimator whose numbers are of the row (a bound) says
+      `per_token = False`, weighs as it likes, and spreads them in `assemble`.
+    - **Leaving positions out** (`sub_samples`): views have weight 1 all the same, and the trainer weighs, once, in the
+      loss: by `sampling_weights`, or by n / k where that is None. `scored` says which positions those are.
+
+    The weights are checked on every rollout. An estimator that weighs the views *and* says `sub_samples` would be
+    weighted twice: that is an error.
+
+    Attributes:
+        stochastic (`bool`): views need a draw for each inner iteration.
+        disjoint (`bool`): no position's number depends on two views, which saves a pass over them.
+        per_token (`bool`): a position's number is its own token's, not a share of the row's.
+        replays (`tuple[str, ...]`): decoders whose canvases its views are, as they stood before a step.
+        exact_for (`tuple[str, ...]`): decoders whose own log-probs it equals at every counted position.
     """
 
     stochastic = False
     disjoint = True
     per_token = True
-    replays: tuple[str, ...] = ()  # decoders whose canvases its views are, as they stood before a step
-    exact_for: tuple[str, ...] = ()  # decoders whose own log-probs it equals, whatever the rollout
+    replays: tuple[str, ...] = ()
+    exact_for: tuple[str, ...] = ()
 
     def num_views(self, rollout: Rollout) -> int:
-        """Forwards that the rollout's rows need."""
+        """Forwards that the rollout's rows need, at least 1."""
         raise NotImplementedError
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
@@ -105,6 +125,15 @@ class Estimator:
     def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         """Positions that the views of this iteration give a log-prob to, bool (B, L), without running any."""
         return rollout.revealed
+
+    def sampling_weights(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor | None:
+        """What each position counts for in the loss of this iteration, float (B, L), where some are left out.
+
+        The inverse of the probability with which the draw scores the position: the expected gradient is then that of
+        all positions. Read at scored positions alone, and at least 1 there; a row that is scored whole has ones. None
+        where k of n counted positions are drawn, all sets alike: n / k.
+        """
+        return None
 
     def assemble(self, logps: Tensor, counted: Tensor) -> Tensor:
         """The log-probs (B, L) that those of a view stand for; linear, since views are added up behind it."""

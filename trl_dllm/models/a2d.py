@@ -4,6 +4,8 @@ Keys and config names are the stock decoder's own. A config says neither which t
 names, nor whether attention is full or block-causal: that stands in the repository's name, or the user says it.
 """
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -18,6 +20,8 @@ from transformers import (
 from .hub import HubConfig, HubKeys
 
 
+_UNSAID = -1  # what a config has that does not say its block size; one that says None has full attention
+
 # What a repository's name says about its block size.
 _BLOCK_SIZES = {"bd3lm": 32, "opdlm": 4}
 
@@ -27,8 +31,8 @@ class A2DConfig(HubConfig):
 
     Args:
         mask_token_id (`int`, *optional*): id of the mask token; None leaves it to the tokenizer.
-        block_size (`int`, *optional*): positions of a block, where attention is block-causal; None is full attention,
-            unless the checkpoint's name says otherwise.
+        block_size (`int`, *optional*): positions of a block, where attention is block-causal; None is full attention.
+            A config that does not say takes what the checkpoint's name says, with a warning, or full attention.
         block_alignment (`str`, defaults to `"position"`): where blocks begin: at the first token of the prompt or,
             with "canvas", of the canvas.
         is_causal (`bool`, defaults to `False`): attention is not causal.
@@ -38,9 +42,15 @@ class A2DConfig(HubConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        name = (self.name_or_path or "").lower()
-        if self.block_size is None:
-            self.block_size = next((size for part, size in _BLOCK_SIZES.items() if part in name), None)
+        if self.block_size != _UNSAID:
+            return
+        name = Path(self.name_or_path or "").name.lower()
+        self.block_size = next((size for part, size in _BLOCK_SIZES.items() if part in name), None)
+        if self.block_size is not None:
+            warnings.warn(
+                f"block_size={self.block_size}: the config does not say it, and the checkpoint is called "
+                f"{self.name_or_path}. Set block_size to what it was trained with, None for full attention."
+            )
 
 
 class A2DQwen3Config(A2DConfig, Qwen3Config):
@@ -49,7 +59,7 @@ class A2DQwen3Config(A2DConfig, Qwen3Config):
     model_type = "a2d-qwen3"
 
     mask_token_id: int | None = None
-    block_size: int | None = None
+    block_size: int | None = _UNSAID
     block_alignment: str = "position"
     is_causal: bool = False
 
@@ -60,7 +70,7 @@ class A2DQwen2Config(A2DConfig, Qwen2Config):
     model_type = "a2d-qwen2"
 
     mask_token_id: int | None = None
-    block_size: int | None = None
+    block_size: int | None = _UNSAID
     block_alignment: str = "position"
     is_causal: bool = False
 
@@ -71,7 +81,7 @@ class A2DLlamaConfig(A2DConfig, LlamaConfig):
     model_type = "a2d-llama"
 
     mask_token_id: int | None = None
-    block_size: int | None = None
+    block_size: int | None = _UNSAID
     block_alignment: str = "position"
     is_causal: bool = False
 

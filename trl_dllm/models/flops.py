@@ -110,8 +110,9 @@ class TrainingFlops(ForwardFlops):
 
     The backward pass multiplies once more for the gradient of a matrix's input, where anything before it is trained,
     and once more for the matrix's own gradient, where it is trained itself; attention takes 2.5 forwards (2 if
-    `eager`, which leaves out what nobody needs where training begins at some of q, k and v). Gradient checkpointing adds a forward of each layer, without its last product unless it is reentrant
-    (recomputation stops where nothing more is needed). Tiles of the head whose logits are not kept are computed twice.
+    `eager`, less where training begins at some of q, k and v). Gradient checkpointing adds a forward of each layer,
+    without its last product unless it is reentrant (recomputation stops where nothing more is needed). Tiles of the
+    head whose logits are not kept are computed twice.
     """
 
     def __init__(self, model: nn.Module):
@@ -121,7 +122,6 @@ class TrainingFlops(ForwardFlops):
         fused = self._model.config.get_text_config()._attn_implementation != "eager"
         self._fused = fused
         self._reference_adapters = ("ref",) if any(m.adapter == "ref" for m in self._matrices) else ()
-        self._vocab_size: int = cast(Any, self._model.get_output_embeddings()).out_features
         self._embeddings = _name_of(self._model, self._model.get_input_embeddings())
         self._head = _name_of(self._model, self._model.get_output_embeddings())
         trained = {
@@ -159,7 +159,7 @@ class TrainingFlops(ForwardFlops):
             total += tokens * (self._cost(self._reference_adapters) + width * self.per_pair)
             total += tile_rows * self._cost((), in_head=True) * (1 + training)
         # Beside a reference no tile is kept.
-        kept = 0 if reference else kept_rows(head_rows, self._vocab_size, self._model.dtype)
+        kept = 0 if reference else kept_rows(self._model.get_output_embeddings(), head_rows, self._model.dtype)
         return total + (self._backward(tokens, width, tile_rows, tile_rows - kept) if training else 0)
 
     def _backward(self, tokens: int, width: int, tile_rows: int, again: int) -> int:

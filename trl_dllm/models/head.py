@@ -47,8 +47,14 @@ def in_tiles(count: int) -> int:
     return max(1, -(-count // size)) * size
 
 
-def kept_rows(count: int, vocab_size: int, dtype: torch.dtype) -> int:
-    """Rows of the tiles of a call for `count` whose logits the backward pass finds as they were (`KEPT_BYTES`)."""
+def kept_rows(head: nn.Module, count: int, dtype: torch.dtype) -> int:
+    """Rows of the tiles of a call for `count` whose logits the backward pass finds as they were (`KEPT_BYTES`).
+
+    None of a head that does not say how large its vocabulary is.
+    """
+    vocab_size = getattr(head, "out_features", None)
+    if not isinstance(vocab_size, int):
+        return 0
     size = tile_rows(count)
     tile = size * vocab_size * torch.promote_types(dtype, torch.float32).itemsize * _KEPT_TABLES
     return min(in_tiles(count), KEPT_BYTES // tile * size)
@@ -97,8 +103,7 @@ def apply_head(
     def redirected(hidden: Tensor) -> Tensor:
         chosen = hidden.reshape(-1, hidden.shape[-1])[rows]
         count, size = chosen.shape[0], tile_rows(chosen.shape[0])
-        vocab_size = getattr(head, "out_features", None)
-        kept = kept_rows(count, vocab_size, hidden.dtype) if keep and vocab_size and rows.dim() == 1 else 0
+        kept = kept_rows(head, count, hidden.dtype) if keep and rows.dim() == 1 else 0
         # At least one tile even for no rows: a process with nothing to score must give the head's weights a (zero)
         # gradient like the others, or sharded training waits for it for ever.
         padding = in_tiles(count) - count

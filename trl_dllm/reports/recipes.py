@@ -95,9 +95,10 @@ def _grpo_columns(s: dict[str, Any]) -> Row:
 
 
 def _sft_columns(s: dict[str, Any]) -> Row:
+    adapter = [f"LoRA r {s['lora_r']} on {', '.join(s['lora_target_modules'])}"] if s.get("use_peft") else None
     return {
         "objective": s["objective"],
-        "trained": ", ".join(s["trainable_modules"] or ["all"]),
+        "trained": ", ".join(adapter or s["trainable_modules"] or ["all"]),
         "blocks of": str(s["block_length"] or "none"),
         "learning rate": f"{s['learning_rate']:g}",
     }

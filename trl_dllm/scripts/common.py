@@ -14,8 +14,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser
 from trl_dllm.fields import check_choice, check_fields, check_kind
 from trl_dllm.processes import say
 from trl_dllm.recipe import find_recipe, load_recipe
-from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
-from trl_dllm.tasks import get_task
+from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, find_task, json_mapping
 from trl_dllm.trainer.meaning import nothing_left
 
 
@@ -124,7 +123,8 @@ class TaskArguments(ScriptArguments):
     What to train or evaluate on: a task of this library, or any dataset of the Hub.
 
     Args:
-        task (`str`, *optional*): name of a task, e.g. "sudoku" or "countdown"; brings its dataset and rewards.
+        task (`str`, *optional*): name of a task, e.g. "sudoku" or "countdown", or the path of your own,
+            "my_module.TASK"; brings its dataset and rewards.
         task_kwargs (`dict[str, Any]`, *optional*): further arguments of the task's `load`, e.g. {min_blanks: 6}.
         num_train_examples (`int`): training examples to generate or take.
         num_eval_examples (`int`): evaluation examples to generate or take.
@@ -134,7 +134,9 @@ class TaskArguments(ScriptArguments):
         start_over (`bool`): begin anew in an output_dir that holds another run, whose files are moved aside.
     """
 
-    task: str | None = field(default=None, metadata={"help": "Name of a task; brings its dataset and rewards."})
+    task: str | None = field(
+        default=None, metadata={"help": "Name of a task, or the path of your own (my_module.TASK)."}
+    )
     task_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of the task's load, as a mapping or as JSON."}
     )
@@ -167,7 +169,7 @@ class TaskArguments(ScriptArguments):
         check_data_dir(self.data_dir)
         self._refuse_ignored()
         if self.task is not None:
-            check_task_kwargs(get_task(self.task), cast("dict[str, Any]", self.task_kwargs or {}))
+            check_task_kwargs(find_task(self.task), cast("dict[str, Any]", self.task_kwargs or {}))
 
     def _refuse_ignored(self) -> None:
         """Raise ValueError for a field of the Hub's data beside a task, or of a task beside the Hub's data."""
@@ -223,7 +225,7 @@ def load_split(args: TaskArguments, split: str, num_examples: int, seed: int):
     if args.task is not None:
         seed = args.puzzle_seed if args.puzzle_seed is not None else seed
         kwargs = cast("dict[str, Any]", args.task_kwargs or {})  # a mapping since __post_init__
-        return get_task(args.task).load(split, num_examples, seed=seed, data_dir=args.data_dir, **kwargs)
+        return find_task(args.task).load(split, num_examples, seed=seed, data_dir=args.data_dir, **kwargs)
     from datasets import load_dataset
 
     name = args.dataset_train_split if split == "train" else args.dataset_test_split

@@ -20,8 +20,7 @@ from trl_dllm.scripts.common import (
     train_and_save,
 )
 from trl_dllm.scripts.runs import begin_run
-from trl_dllm.scripts.task_data import check_task_kwargs, json_mapping
-from trl_dllm.tasks import get_task
+from trl_dllm.scripts.task_data import check_task_kwargs, find_task, json_mapping
 from trl_dllm.trainer.dpo_config import DiffusionDPOConfig
 
 
@@ -66,7 +65,7 @@ class DiffusionDPOScriptArguments(TaskArguments):
                 "gives worse answers, such as {answer_noise: 0.3}, or name a dataset_name with the columns "
                 f"{', '.join(_COLUMNS)}."
             )
-        check_task_kwargs(get_task(self.task), self.rejected_kwargs, "rejected_kwargs")
+        check_task_kwargs(find_task(self.task), self.rejected_kwargs, "rejected_kwargs")
 
 
 def make_parser(prog: str | None = None) -> RecipeParser:

@@ -13,15 +13,21 @@ from dataclasses import fields
 from pathlib import Path
 
 from trl_dllm.command import Parser, count, run_script
-from trl_dllm.evaluation import GENERATIONS, evaluate, evaluation_fingerprint, open_evaluation, rescore
+from trl_dllm.evaluation import (
+    GENERATIONS,
+    check_stop_strings,
+    evaluate,
+    evaluation_fingerprint,
+    open_evaluation,
+    rescore,
+)
 from trl_dllm.fields import check_choice
 from trl_dllm.generation import DecodingArguments
 from trl_dllm.identity import model_identity
 from trl_dllm.processes import on_main_process, say
 from trl_dllm.reports.dry_run import dry_run_decoding
 from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
-from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, json_mapping
-from trl_dllm.tasks import TASKS, get_task
+from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, find_task, json_mapping
 
 
 D1_LENGTHS = (128, 256, 512)
@@ -34,7 +40,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         parents=[generation_parser(model_required=False)],
     )
-    parser.add_argument("--task", required=True, choices=sorted(TASKS), help="What to evaluate on.")
+    parser.add_argument("--task", required=True, help="What to evaluate on: a name, or my_module.TASK.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
     parser.add_argument("--num_examples", type=count, help="Examples; default: all, 256 of generated tasks.")
     parser.add_argument("--task_kwargs", type=json_mapping, default={}, help="Further arguments of the task, as JSON.")
@@ -53,10 +59,11 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict:
-    task, folder = get_task(args.task), Path(args.output_dir)
+    task, folder = find_task(args.task), Path(args.output_dir)
     check_choice("parser", args.parser, task.parsers)
     check_task_kwargs(task, args.task_kwargs)
     check_data_dir(args.data_dir)
+    check_stop_strings(args.stop_strings)
     if args.from_generations:
         summary = rescore(task, args.from_generations, folder, args.parser)
         _print(task.name, summary, folder)

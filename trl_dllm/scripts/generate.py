@@ -35,7 +35,9 @@ def generation_parser(model_required: bool = True) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="Weights' dtype.")
     parser.add_argument("--attn_implementation", help="eager, sdpa, flex_attention, …")
     parser.add_argument("--dry_run", action="store_true", help="Load no weights: print what decoding would cost.")
-    parser.add_argument("--batch_size", type=count, default=32, help="Rows decoded at a time.")
+    parser.add_argument(
+        "--batch_size", type=count, default=32, help="Rows decoded at a time; the next take finished ones' places."
+    )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the draws (and of generated data).")
     return parser
 
@@ -78,6 +80,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = Parser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
     parser.add_argument("--prompt", action="append", required=True, help="A prompt; may be given several times.")
     parser.add_argument("--chat", action="store_true", help="Wrap each prompt in the tokenizer's chat template.")
+    parser.add_argument(
+        "--save_rollouts", help="File of JSON lines to write: tokens, the step that revealed each, and log-probs."
+    )
     return parser
 
 
@@ -86,6 +91,7 @@ def main(args: argparse.Namespace) -> list[str]:
 
     from trl_dllm.evaluation import complete
     from trl_dllm.noise import Purpose, hash64
+    from trl_dllm.step_maps import write_rollout
 
     config = generation_config(args)
     if args.dry_run:
@@ -94,9 +100,11 @@ def main(args: argparse.Namespace) -> list[str]:
     model, tokenizer = load_model(args)
     prompts = [[{"role": "user", "content": prompt}] if args.chat else prompt for prompt in args.prompt]
     seeds = hash64(args.seed, Purpose.EVALUATION, torch.arange(len(prompts)))
-    texts, _ = complete(model, tokenizer, prompts, config, seeds, batch_size=args.batch_size)
+    texts, rollout = complete(model, tokenizer, prompts, config, seeds, batch_size=args.batch_size)
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(f"{prompt}{text}")
+    if args.save_rollouts:
+        write_rollout(args.save_rollouts, rollout, tokenizer, decoding=config.decoding)
     return texts
 
 

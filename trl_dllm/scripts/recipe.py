@@ -34,9 +34,10 @@ def main(args: argparse.Namespace) -> None:
             table = Table(title=f"{folder}/…", title_justify="left")
             table.add_column("recipe", no_wrap=True)
             table.add_column("method")
-            table.add_column("estimator" if "estimator" in rows[0] else "objective")
+            what = next(name for name in ("estimator", "objective", "likelihood") if name in rows[0])
+            table.add_column(what)
             for row in rows:
-                table.add_row(row["recipe"], row["method"], row.get("estimator") or row["objective"])
+                table.add_row(row["recipe"], row["method"], row[what])
             console.print(table)
         console.print("Print one with `trl-dllm recipe NAME`, such as llada_8b/grpo/gsm8k_step_merge.")
 

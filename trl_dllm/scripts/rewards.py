@@ -1,12 +1,10 @@
 """Finding the rewards that a recipe names."""
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from trl_dllm.tasks import get_task
+from trl_dllm.fields import imported
+from trl_dllm.scripts.task_data import find_task
 
 
 Reward = str | Callable[..., list[float]]  # the name of a reward model, or a function
@@ -30,7 +28,7 @@ def resolve_rewards(task: str | None, names: list[str] | None, reward_model: str
         ValueError: no reward, or a name that is none; it says what to write.
     """
     rewards: list[Reward] = [reward_model] if reward_model else []
-    own = get_task(task).rewards if task else {}
+    own = find_task(task).rewards if task else {}
     if names is None and not rewards and own:
         return [next(iter(own.values()))]
     rewards += [own[name] if name in own else _foreign_reward(name, task, list(own)) for name in names or []]
@@ -47,12 +45,7 @@ def _foreign_reward(name: str, task: str | None, own: list[str]) -> Reward:
     import trl.rewards
 
     if "." in name:
-        path, _, attribute = name.rpartition(".")
-        sys.path.insert(0, os.getcwd())
-        try:
-            found = getattr(importlib.import_module(path), attribute, None)
-        except (ImportError, ValueError) as error:
-            raise ValueError(f"reward_funcs: {name!r} cannot be imported: {error}.") from error
+        found = imported("reward_funcs", name)
     else:
         found = getattr(trl.rewards, name, None) if name in dir(trl.rewards) else None
     makes_one = "." not in name and name.startswith("get_")  # of parameters

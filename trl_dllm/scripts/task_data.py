@@ -1,4 +1,4 @@
-"""The arguments of a task's `load`, checked before anything is loaded."""
+"""Finding a task, and the arguments of its `load`, checked before anything is loaded."""
 
 import inspect
 import json
@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from trl_dllm.fields import check_kind
-from trl_dllm.tasks import Task
+from trl_dllm.fields import check_kind, imported
+from trl_dllm.tasks import Task, get_task
 
 
 # Arguments of `load` that have a place of their own.
@@ -19,6 +19,22 @@ _ELSEWHERE = {
     "seed": "puzzle_seed or seed",
     "data_dir": "data_dir",
 }
+
+
+def find_task(name: str) -> Task:
+    """A task of this library by its name, or one of your own by its dotted path.
+
+    Raises:
+        ValueError: no task of that name, or what stands at that path is none.
+    """
+    if "." not in name:
+        return get_task(name)
+    found = imported("task", name)
+    if not isinstance(found, Task):
+        raise ValueError(
+            f"task: {name!r} is a {type(found).__name__}, and must be an instance of trl_dllm.tasks.Task."
+        )
+    return found
 
 
 def json_mapping(text: str) -> dict[str, Any]:
@@ -52,4 +68,4 @@ def check_task_kwargs(task: Task, kwargs: Mapping[str, Any], field: str = "task_
             near = get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}."
             raise ValueError(f"{field}: task={task.name!r} has no argument {name!r}; {hint}")
-        check_kind(f"{field}: {name}", value, hints[name])
+        check_kind(f"{field}: {name}", value, hints.get(name, Any))

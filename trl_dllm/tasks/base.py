@@ -13,16 +13,22 @@ PROMPT_FORMATS = ("text", "chat")
 @dataclass(frozen=True)
 class Task:
     """
-    A benchmark.
+    A benchmark. One of your own needs no change of this package: `task: my_module.TASK` (docs/extending.md).
 
     Attributes:
-        name: what `get_task` and the command line call it.
-        load: `load(split, num_examples, seed=0, prompt_format=..., data_dir=None, ...)`, a `datasets.Dataset` with a
-            `prompt` column, the columns that the rewards read and, where the task can say what a right answer looks
-            like, a `completion` column for SFT.
-        rewards: TRL reward functions by name, the default first.
+        name: what `get_task`, the command line and the records of an evaluation call it.
+        load: `load(split, num_examples=None, seed=0, prompt_format=..., data_dir=None, ...)`, a `datasets.Dataset`
+            with a `prompt` column, the columns that the rewards read and, where the task can say what a right answer
+            looks like, a `completion` column for SFT. `split` is "train", "validation" or "test", of which no two
+            share an answer; `num_examples` None means all, or as many as the task thinks right; the same arguments
+            give the same rows. `prompt_format` is "text" or "chat" (messages). Whatever else it takes are the
+            `task_kwargs`, checked against the annotations before anything is loaded; ValueError is for what no row
+            can be made of.
+        rewards: TRL reward functions by name, the default first: `reward(completions, **columns)` is called with the
+            columns as lists and returns a number a completion, None for none. A completion is a string or messages
+            (`completion_text`), of any content: rewards never raise, and take linear time.
         score: `score(text, row)`, what evaluation records of one completion of one row; always has the key `correct`
-            (bool).
+            (bool), and never raises.
         parsers: ways to score by name, each called like `score`: "default" is `score` itself, "d1" does as d1's
             published evaluation does, quirks included.
         stored_row: `stored_row(record)`, the columns that the parsers read, made from a record of stored outputs in

@@ -18,7 +18,7 @@ another estimator's bias is no mismatch.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from ..blocks import Blocks
 from ..likelihood import AnyOrder, Estimator, ExactTrajectory
 from ..models.spec import check_positions
 from ..rollout import Rollout, count_until_eos, left_pad
+from ..step_maps import check_numbers, check_trace, read_logps
 from .metrics import record_correction, record_mismatch
 
 
@@ -73,7 +74,8 @@ def checked_rollouts(rollout_func: Callable[..., dict[str, Any]]) -> Callable[..
     """
 
     def rollouts(prompts: list, trainer) -> dict[str, Any]:
-        output = rollout_func(prompts, trainer)
+        with trainer.profile.part("sampling"):
+            output = rollout_func(prompts, trainer)
         trainer._rollout = read_rollout(trainer, output, len(prompts))
         # Without `logprobs`: the trainer has them, at the canvas's width.
         return {**{name: value for name, value in output.items() if name not in _OURS}, "logprobs": None}
@@ -108,12 +110,13 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
     length, vocabulary = args.canvas_length, trainer.model.config.get_text_config().vocab_size
     for row, prompt in enumerate(output["prompt_ids"]):
         where = f"rollout_func: row {row}: "
-        _check_numbers(f"{where}prompt_ids", prompt, None, 0, vocabulary)
+        check_numbers(f"{where}prompt_ids", prompt, None, 0, vocabulary)
         check_positions(trainer.model.config, len(prompt), length, "max_completion_length", where)
         if len(prompt) < spec.logits_shift:
             raise ValueError(f"{where}prompt_ids is empty; this model predicts a position at the row before it.")
-        _check_numbers(f"{where}canvas_ids", output["canvas_ids"][row], length, 0, vocabulary)
-        _check_numbers(f"{where}unmask_step", output["unmask_step"][row], length, -1, length)
+        whole = f"max_completion_length={length}"
+        check_numbers(f"{where}canvas_ids", output["canvas_ids"][row], length, 0, vocabulary, whole)
+        check_numbers(f"{where}unmask_step", output["unmask_step"][row], length, -1, length, whole)
         if steps is not None and max(output["unmask_step"][row]) >= steps:
             raise ValueError(
                 f"{where}unmask_step goes up to {max(output['unmask_step'][row])}, and diffusion_steps={steps}. Set "
@@ -124,7 +127,7 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
     eos = torch.isin(canvas, torch.tensor(trainer.eos_token_ids, dtype=torch.int64)) & (taken >= 0)
     ends = torch.where(eos.any(dim=1), eos.long().argmax(dim=1), length)
     for row in range(rows):
-        _check_trace(
+        check_trace(
             f"rollout_func: row {row}: ",
             canvas[row],
             taken[row],
@@ -135,7 +138,10 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
             blocks.number(torch.ones(1, len(output["prompt_ids"][row]), dtype=torch.bool), length)[0, -length:],
             blocks.size,
         )
-    logps = _read_logps(output["logprobs"], counted, taken >= 0)
+    logprobs = output["logprobs"] if output["logprobs"] is not None else [None] * rows
+    logps = torch.zeros(rows, length)
+    for row, given in enumerate(logprobs):
+        logps[row] = read_logps(f"rollout_func: row {row}: ", given, counted[row], taken[row] >= 0)
     if args.old_logps == "rollout" and not logps[counted].isfinite().all():
         raise ValueError(
             "rollout_func returned no logprobs for some tokens, and old_logps='rollout' takes them for the old "
@@ -153,96 +159,6 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
         **facts,
     )
     return rollout.to(device)
-
-
-def _check_numbers(name: str, numbers: Sequence, length: int | None, low: int, end: int) -> None:
-    """Refuse a row that has not `length` whole numbers in [low, end)."""
-    if length is not None and len(numbers) != length:
-        raise ValueError(
-            f"{name} has {len(numbers)} entries, and max_completion_length={length}: return the whole canvas, also "
-            "behind the EOS."
-        )
-    for place, number in enumerate(numbers):
-        if type(number) is not int or not low <= number < end:
-            raise ValueError(f"{name}[{place}]={number!r} must be a whole number from {low} to {end - 1}.")
-
-
-def _check_trace(
-    where: str,
-    canvas: Tensor,
-    steps: Tensor,
-    counted: Tensor,
-    end: int,
-    completion: list[int],
-    mask_token_id: int,
-    blocks: Tensor,
-    block_length: int,
-) -> None:
-    """Refuse a row whose steps are not those of a canvas that was revealed once, block by block, up to its EOS."""
-    masked, revealed = canvas == mask_token_id, steps >= 0
-    wrong = (masked == revealed).nonzero().flatten().tolist()
-    if wrong:
-        raise ValueError(
-            f"{where}canvas_ids[{wrong[0]}]={int(canvas[wrong[0]])} and unmask_step[{wrong[0]}]="
-            f"{int(steps[wrong[0]])} contradict each other: where nothing was revealed stand the mask token "
-            f"({mask_token_id}) and -1."
-        )
-    lost = masked[:end].nonzero().flatten().tolist()
-    if lost:
-        raise ValueError(
-            f"{where}position {lost[0]} was never revealed, and no EOS stands before it: the trace is incomplete. "
-            "Return every step that the engine took."
-        )
-    found = canvas[counted].tolist()
-    if completion != found:
-        raise ValueError(
-            f"{where}completion_ids has {len(completion)} tokens that are not those of canvas_ids up to and with its "
-            f"first EOS, of which there are {len(found)}. Cut the canvas there."
-        )
-    used = steps[revealed].unique().tolist()
-    if used != list(range(len(used))):
-        gap = next(step for step in range(len(used)) if used[step] != step)
-        raise ValueError(
-            f"{where}unmask_step says that nothing was revealed in step {gap}. Number the steps from 0 without gaps; "
-            "an engine that revises tokens has no such trace."
-        )
-    last = -1
-    for number, block in enumerate(steps[blocks == n] for n in blocks.unique()):
-        taken = block[block >= 0]
-        if len(taken) and int(taken.min()) <= last:
-            raise ValueError(
-                f"{where}step {int(taken.min())} revealed a position of block {number} (block_length={block_length}), "
-                f"and the block before it was complete only in step {last}. Count the steps over the whole canvas and "
-                "not anew in each block, or set block_length to the engine's."
-            )
-        last = max(last, int(block.max()))
-
-
-def _read_logps(rows: Sequence | None, counted: Tensor, revealed: Tensor) -> Tensor:
-    """The engine's log-probs at the canvas's width, float32 (B, L): NaN where it has none, 0 where nothing was drawn.
-
-    Raises:
-        ValueError: a row of another length than its completion and its canvas, or a number that is no log-prob.
-    """
-    logps = torch.zeros(revealed.shape).masked_fill(revealed, torch.nan)
-    for row, given in enumerate(rows if rows is not None else ()):
-        if given is None:
-            continue
-        values = torch.tensor([math.nan if value is None else float(value) for value in given], dtype=torch.float32)
-        places = next((p for p in (counted[row], torch.ones_like(counted[row])) if len(values) == int(p.sum())), None)
-        if places is None:
-            raise ValueError(
-                f"rollout_func: row {row}: logprobs has {len(values)} numbers; it needs one for each of the "
-                f"{int(counted[row].sum())} tokens of the completion or {counted.shape[1]} of the canvas."
-            )
-        wrong = [value for value in values.tolist() if value == -math.inf or value > 1e-3]  # rounded up from 0
-        if wrong:
-            raise ValueError(
-                f"rollout_func: row {row}: logprobs holds {wrong[0]}, which is no log-probability (nats) of a token "
-                "that was drawn. Return None or NaN where the engine has none."
-            )
-        logps[row, places] = values
-    return logps.masked_fill(~revealed, 0)
 
 
 def correct(trainer, batches: list[dict[str, Tensor]], score: Callable[..., Tensor]) -> None:

@@ -9,13 +9,13 @@ from typing import Any, get_type_hints
 from trl import GRPOConfig
 
 from ..blocks import Blocks
-from ..fields import check_kind, document_fields
+from ..fields import check_choice, check_kind, document_fields, imported
 from ..generation import DecodingArguments, DiffusionGenerationConfig, decoding_of
 from ..likelihood import ESTIMATORS, Estimator
 from ..models import PaperFlops, paper_flops
 from ..rollout import Rollout
 from .engine import CORRECTIONS
-from .loss import LOSSES
+from .loss import LEVELS, LOSSES
 from .settings import check_settings, name_checkpointing
 from .stock import Refused, refuse, take_over
 
@@ -43,7 +43,7 @@ _ELSEWHERE = (*_REFUSED, "redraw_views", *(f.name for f in fields(DecodingArgume
 # What TRL declares as any string, and compares with these while it trains.
 _CHOICES = {
     "loss_type": LOSSES,
-    "importance_sampling_level": ("token", "sequence"),
+    "importance_sampling_level": LEVELS,
     "vllm_importance_sampling_mode": CORRECTIONS,
     "scale_rewards": ("group", "batch", "none", True, False),
     "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
@@ -62,6 +62,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
     - `max_completion_length` is the canvas length L.
     - `loss_type` may also be `"wd1"`: -Σ_i w⁺_i log π(y_i) + Σ_i w⁻_i log π(y_i) over each group, w± = softmax(±A),
       averaged over groups and divided by the canvas length; no ratio, no reference and no old log-probs.
+    - `importance_sampling_level` may also be `"sequence_token"` (GSPO-token): the ratio of a sequence, at which each
+      token has a gradient of its own, so that advantages may differ between its tokens.
     - `use_bias_correction_kl` does not apply to `kl_estimator="full"`.
     - Options that a diffusion sampler would ignore, or that bypass it, are refused.
     """
@@ -76,9 +78,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         default="step_merge",
         metadata={
             "help": "Which likelihood the loss is computed from: 'mean_field' (d1), 'step_merge' (d2), "
-            "'exact_trajectory', 'any_order' (d2, for any-order decoding), 'pkl', 'pkl_u' or 'pkl_t' (PADRE), 'elbo' "
-            "or 'coupled_elbo'.",
-            "choices": list(ESTIMATORS),
+            "'exact_trajectory', 'agrpo', 'any_order' (d2, for any-order decoding), 'pkl', 'pkl_u' or 'pkl_t' "
+            "(PADRE), 'elbo' or 'coupled_elbo'; or the path of an Estimator of your own, 'my_module.MyEstimator'."
         },
     )
     num_segments: int | None = field(
@@ -154,7 +155,19 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
 
     # Decoding: beside the fields of DecodingArguments.
     sampler_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows decoded at a time on a device. None takes the whole generation batch."}
+        default=None,
+        metadata={
+            "help": "Rows decoded at a time on a device; as rows finish, the next take their places. None takes the "
+            "whole generation batch."
+        },
+    )
+
+    save_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the completions of training are written to output_dir/_rollouts as JSON lines: text, "
+            "tokens, the step that revealed each, and log-probs (docs/engines.md)."
+        },
     )
 
     # Fields that TrainingArguments parses from a JSON string on the command line.
@@ -232,6 +245,13 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             raise ValueError(
                 "kl_estimator='full' with beta=0: there is no KL term to estimate. Set beta (0.04 in d2)."
             )
+        level, threshold = self.importance_sampling_level, self.off_policy_mask_threshold
+        if level == "sequence_token" and (threshold is not None or self.loss_type in ("luspo", "vespo")):
+            name = "loss_type" if threshold is None else "off_policy_mask_threshold"
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} with importance_sampling_level={level!r}: it needs the old policy's "
+                "own log-probs of tokens. Set importance_sampling_level='sequence'."
+            )
         if self.sync_ref_model and self.beta == 0 and self.ratio_denominator != "ref":
             raise ValueError("sync_ref_model=True with beta=0: there is no reference to synchronise. Set beta.")
         if self.loss_type != "wd1":
@@ -252,7 +272,7 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         """
         if estimator.sub_samples(self.canvas_length):
             for name, value, wrong in (
-                ("importance_sampling_level", self.importance_sampling_level, "sequence"),
+                *(("importance_sampling_level", self.importance_sampling_level, level) for level in LEVELS[1:]),
                 ("loss_type", self.loss_type, "luspo"),
                 ("loss_type", self.loss_type, "vespo"),
             ):
@@ -297,6 +317,19 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
                 "old_logps='recompute'."
             )
 
+    def _estimator_class(self) -> type[Estimator]:
+        """The class that `estimator` names."""
+        if "." not in self.estimator:
+            check_choice("estimator", self.estimator, ESTIMATORS)
+            return ESTIMATORS[self.estimator]
+        found = imported("estimator", self.estimator)
+        if not isinstance(found, type) or not issubclass(found, Estimator):
+            what = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+            raise ValueError(
+                f"estimator: {self.estimator!r} is {what}, and must be a subclass of trl_dllm.likelihood.Estimator."
+            )
+        return found
+
     def build_estimator(self) -> Estimator:
         """The estimator that the fields describe; sets `num_segments` to what it takes, None if it takes none.
 
@@ -304,13 +337,17 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         that argument ignores it: `--estimator mean_field` works over a recipe that sets it.
 
         Raises:
-            ValueError: an argument that the estimator does not have, two numbers of segments, or more segments than
-                decoding steps.
+            ValueError: a name or a path of no estimator, an argument that it does not have or that is missing, two
+                numbers of segments, or more segments than decoding steps.
         """
-        estimator, kwargs = ESTIMATORS[self.estimator], self.estimator_kwargs or {}
+        estimator, kwargs = self._estimator_class(), self.estimator_kwargs or {}
         if not isinstance(kwargs, dict):
             raise ValueError(f"estimator_kwargs={kwargs!r} must be a mapping, such as {{'num_samples': 2}}.")
-        known, hints = list(inspect.signature(estimator).parameters), get_type_hints(estimator.__init__)
+        parameters, hints = inspect.signature(estimator).parameters, get_type_hints(estimator.__init__)
+        known = list(parameters)
+        for name, parameter in parameters.items():
+            if parameter.default is parameter.empty and name not in kwargs and name != "num_segments":
+                raise ValueError(f"estimator_kwargs={kwargs!r}: {self.estimator!r} needs the argument {name!r}.")
         for name in kwargs:
             if name not in known:
                 near = get_close_matches(name, known, n=1)

@@ -45,16 +45,20 @@ from .finite import check_loss, rollout_of
 from .grpo_config import DiffusionGRPOConfig
 from .loss import (
     backward,
+    carried,
     deferred_sync,
     is_separable,
     rows_without_gradient,
-    sub_sample_weights,
+    sub_sampled_mask,
     token_weights,
     wd1_advantages,
+    with_sequence_ratio,
 )
 from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch
 from .model_card import complete_card
 from .old_and_reference import add_logps
+from .profile import Profile
+from .records import save_rollout
 from .reference import load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
 from .rewards import give_trajectory
@@ -82,6 +86,7 @@ _OVERRIDDEN: Interface = {
     "_prepare_inputs": ("generation_batch",),
     "_compute_loss": ("model", "inputs"),
     "create_model_card": ("model_name", "dataset_name", "tags"),
+    "log": ("logs",),
     **HOOKS,
 }
 
@@ -98,9 +103,9 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     sampler; a `rollout_func` also returns its trajectories, see `engine.py`) and, besides:
 
     Logs beside TRL's metrics: `sampling/steps` that a completion took and `sampling/tokens_per_forward`, means over a
-    logging window; `flops` (counted) and `flops_paper` (d2's formula) since the run began; `kl` over the vocabulary if
-    `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and scorer if `old_logps="rollout"`, or
-    where an outside engine or an approximate cache drew the completions.
+    logging window; `profile/*_seconds` of a step's parts; `flops` (counted) and `flops_paper` (d2's formula) since the
+    run began; `kl` over the vocabulary if `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and
+    scorer if `old_logps="rollout"`, or where an outside engine or an approximate cache drew the completions.
 
     Args:
         args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
@@ -184,7 +189,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 super().__init__(model, rewards, args, *positional, **kwargs)
             finally:
                 args.beta = beta
-        self.beta = beta
+        self.beta, self.profile = beta, Profile(self)
         if self.rollout_func is not None:
             self.rollout_func = checked_rollouts(self.rollout_func)
         # TRL refuses LoRA on the output head, but not a copy of it that is trained in full.
@@ -193,8 +198,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 "kl_estimator='full' applies the model's own output head to the reference's hidden states, and "
                 "peft_config trains a copy of that head. Leave it out of modules_to_save, or set kl_estimator='k3'."
             )
-        if self.loss_type == "wd1":  # carried as advantages
-            self.loss_type = "dr_grpo"
+        self.loss_type, self.importance_sampling_level = carried(args)
 
         # Again, now with the checkpoint's own tokenizer.
         self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
@@ -243,11 +247,16 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         self._generation_round[1] = (-1, 0)  # every evaluation at a step draws the same completions
         return super().evaluation_loop(*args, **kwargs)
 
+    def log(self, logs, *args, **kwargs):
+        self.profile.record()
+        return super().log(logs, *args, **kwargs)
+
     # ------------------------------------------------------------------------------------------ the generation batch
 
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
         (rollout, self._rollout), (rewards, self._rewards) = (self._rollout, None), (self._rewards, None)
+        save_rollout(self, rollout)
         if self.args.loss_tokens == "canvas":
             rollout = replace(rollout, counted=rollout.revealed)
 
@@ -292,6 +301,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         )
         with (
             profiling_context(self, "diffusion.generate"),
+            self.profile.part("sampling"),
             rollout_of(self, prompt_ids),
             unwrap_model_for_generation(self.model_wrapped, self.accelerator, **options) as model,
             torch.no_grad(),
@@ -419,12 +429,12 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             self._window_step = self.state.global_step
         rollout = from_batch(inputs, self.sampling.facts(self.spec))
         if self.estimator.sub_samples(self.max_completion_length):
-            scored = self.estimator.scored(rollout, rollout.view_seed, draw)
-            inputs["completion_mask"] = sub_sample_weights(inputs["completion_mask"], scored)
+            inputs["completion_mask"] = sub_sampled_mask(inputs["completion_mask"], self.estimator, rollout, draw)
         plan, forwards = self._plan(rollout, draw, inputs)
 
         def score(number: int) -> TokenScores:
-            return self._score_view(model, plan, number, full_kl=self._full_kl)
+            with self.profile.part("forward"):
+                return self._score_view(model, plan, number, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
             value = self._loss_of(scores, inputs, record)
@@ -444,7 +454,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
     def _loss_of(self, scores: TokenScores, inputs: dict, record: bool) -> Tensor:
         """TRL's loss of log-probs that are already there, and the KL over the vocabulary where it is asked for."""
-        trainer = self if record else self._without_metrics()
+        trainer, inputs = self if record else self._without_metrics(), with_sequence_ratio(self, scores.logps, inputs)
         if scores.kls is None:
             value = GRPOTrainer._compute_loss(trainer, scores, inputs)
             if record:

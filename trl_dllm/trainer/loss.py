@@ -12,12 +12,25 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from trl.trainer.utils import nanstd
 
+from ..likelihood import Estimator
+from ..rollout import Rollout
+
 
 # Losses whose gradient with respect to a token's log-prob depends on that log-prob alone.
 SEPARABLE_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 
 # All that `loss_type` may be: TRL's, and wd1.
 LOSSES = (*SEPARABLE_LOSSES, "luspo", "vespo", "wd1")
+
+# All that `importance_sampling_level` may be: TRL's, and GSPO-token's, under the name that TRL had for it.
+LEVELS = ("token", "sequence", "sequence_token")
+
+
+def carried(args) -> tuple[str, str]:
+    """(loss type, importance level) of TRL's that carry out what `args` say."""
+    loss_type = "dr_grpo" if args.loss_type == "wd1" else args.loss_type
+    level = args.importance_sampling_level
+    return loss_type, "token" if level == "sequence_token" else level
 
 
 def is_separable(trainer) -> bool:
@@ -27,7 +40,7 @@ def is_separable(trainer) -> bool:
     """
     return (
         trainer.loss_type in SEPARABLE_LOSSES
-        and trainer.importance_sampling_level == "token"
+        and trainer.importance_sampling_level == trainer.args.importance_sampling_level == "token"
         and trainer.off_policy_mask_threshold is None
         and trainer.top_entropy_quantile == 1.0
         and not trainer._entropy_bonus_enabled
@@ -62,16 +75,41 @@ def token_weights(trainer, inputs: dict) -> Tensor:
     raise ValueError(f"loss_type={trainer.loss_type!r}: it is not known how this loss averages over tokens.")
 
 
-def sub_sample_weights(mask: Tensor, scored: Tensor) -> Tensor:
-    """Loss mask of sub-sampled rows, float (B, L): n / k on each of the k scored of n counted positions, else 0.
+def with_sequence_ratio(trainer, logps: Tensor, inputs: dict) -> dict:
+    """The inputs of TRL's token-level loss at which it is GSPO-token's, where `args` ask for that.
+
+    The ratio of a token is s · π / sg(π), with s the ratio of its sequence, exp of the mean log-ratio (GSPO Eq. 13 and
+    14): the old log-probs are moved so far that the token-level ratio is that.
+    """
+    old = inputs.get("old_per_token_logps")
+    if trainer.args.importance_sampling_level != "sequence_token" or old is None:  # None: all ratios are 1
+        return inputs
+    mask, logps = inputs["completion_mask"], logps.detach()
+    mean = ((logps - old) * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1.0)
+    return {**inputs, "old_per_token_logps": logps - mean}
+
+
+def sub_sampled_mask(mask: Tensor, estimator: Estimator, rollout: Rollout, iteration: int) -> Tensor:
+    """Loss mask (B, L) of an estimator that leaves positions out, in this inner iteration."""
+    drawn = (rollout, rollout.view_seed, iteration)
+    return sub_sample_weights(mask, estimator.scored(*drawn), estimator.sampling_weights(*drawn))
+
+
+def sub_sample_weights(mask: Tensor, scored: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Loss mask of sub-sampled rows, float (B, L): `weights` on the k scored of n counted positions, None for n / k.
 
     A row's weights still sum to n, so every normaliser of TRL's losses is what it is with all positions scored, and
-    the expected gradient is the full estimator's for every token-separable loss.
+    the expected gradient is the full estimator's for every token-separable loss. What `weights` leave of n, or take
+    beyond it, is spread over the positions that are not scored: their ratio is 1, and they have no gradient.
     """
     mask = mask.bool()
     scored = scored & mask
-    number = scored.sum(dim=1, keepdim=True).clamp(min=1)
-    return scored.float() * mask.sum(dim=1, keepdim=True) / number
+    number = mask.sum(dim=1, keepdim=True)
+    if weights is None:
+        return scored.float() * number / scored.sum(dim=1, keepdim=True).clamp(min=1)
+    weights = weights.float() * scored
+    rest, others = number - weights.sum(dim=1, keepdim=True), mask & ~scored
+    return weights + others * rest / others.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def wd1_weights(advantages: Tensor) -> Tensor:

@@ -67,6 +67,13 @@ DIFFUCODER = Paper(
     "2506.20639",
     "2025",
 )
+AGRPO = Paper(
+    "zhan2025agrpo",
+    "Simple Policy Gradients for Reasoning with Diffusion Language Models",
+    "Zhan, Anthony",
+    "2510.04019",
+    "2025",
+)
 VRPO = Paper(
     "zhu2025llada15",
     "LLaDA 1.5: Variance-Reduced Preference Optimization for Large Language Diffusion Models",
@@ -81,6 +88,7 @@ PAPERS = {
     "mean_field": D1,
     "step_merge": D2,
     "exact_trajectory": D2,
+    "agrpo": AGRPO,
     "any_order": D2,
     "pkl": PADRE,
     "pkl_u": PADRE,

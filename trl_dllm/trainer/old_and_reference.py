@@ -29,7 +29,7 @@ def add_logps(trainer, batches: list[dict[str, Tensor]]) -> None:
             )[:, None]
         if args.scores_reference:
             with as_reference(trainer) as model:
-                batch["ref_per_token_logps"] = policy_logps(trainer, model, batch)
+                batch["ref_per_token_logps"] = policy_logps(trainer, model, batch, part="reference")
             if args.ratio_denominator == "ref":
                 batch["old_per_token_logps"] = batch["ref_per_token_logps"]
     correct(trainer, batches, policy_logps)
@@ -47,15 +47,16 @@ def _batches_of_the_first_update(trainer) -> int:
 
 
 @torch.no_grad()
-def policy_logps(trainer, model, batch: dict[str, Tensor], first: int = 0) -> Tensor:
+def policy_logps(trainer, model, batch: dict[str, Tensor], first: int = 0, part: str = "old") -> Tensor:
     """Log-probs (B, K, L) of a micro-batch for each draw of the views, 0 for the draws before `first`.
 
-    Around the calls all is as TRL has it: no gradient, no checkpointing.
+    Around the calls all is as TRL has it: no gradient, no checkpointing. The time is that `part`'s of a step.
     """
     kwargs, draws = trainer.args.gradient_checkpointing_kwargs, trainer._num_draws
     rollout = from_batch(batch, trainer.sampling.facts(trainer.spec))
     found = rollout.logps.new_zeros(len(rollout), draws, rollout.logps.shape[1])
-    with disable_gradient_checkpointing(trainer.model, kwargs if isinstance(kwargs, dict) else None):
+    unchecked = disable_gradient_checkpointing(trainer.model, kwargs if isinstance(kwargs, dict) else None)
+    with trainer.profile.part(part), unchecked:
         for draw in range(first, draws):
             plan, forwards = trainer._plan(rollout, draw, batch)
             for number in range(forwards):

@@ -13,7 +13,7 @@ pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed: p
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'trl-dllm[plots]'")
 
 _spec = importlib.util.spec_from_file_location(
-    "language_comparison", Path(__file__).parents[1] / "benchmarks" / "language.py"
+    "language_comparison", Path(__file__).parents[2] / "benchmarks" / "language.py"
 )
 comparison = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(comparison)
