@@ -12,6 +12,9 @@ from trl_dllm.scripts import language
 from trl_dllm.scripts.language import StopAtBudget, make_parser, prepare
 
 
+NAMES = ("before", "after")
+
+
 def steps_until_it_stops(callback: StopAtBudget, clock: list[float], took: list[float], first: int = 0) -> int:
     """Steps that a run has taken in the end whose `i`-th one takes `took[i]` seconds, all further ones the last."""
     args, state, control = SimpleNamespace(max_steps=50), SimpleNamespace(global_step=first), TrainerControl()
@@ -79,7 +82,7 @@ def test_the_pipeline_leaves_models_measures_samples_and_curves(run):
     args, summary = run
     folder = args.output_dir
     assert (summary["sft_steps"], summary["grpo_steps"]) == (3, 2)
-    for name in ("before", "after"):
+    for name in NAMES:
         found = summary[name]
         assert -1 <= found["low"] <= found["mean"] <= found["high"] <= 1 and found["n"] == 4
         assert 0 < found["distinct_2"] <= 1 and 0 <= found["ended"] <= 1 and 0 < found["tokens"] <= 32
@@ -88,6 +91,8 @@ def test_the_pipeline_leaves_models_measures_samples_and_curves(run):
         assert len(samples) == 4 == len({sample["prompt"] for sample in samples})
         assert sum(sample["compound"] for sample in samples) / 4 == pytest.approx(found["mean"])
     assert json.loads((folder / "summary.json").read_text()) == summary
+    decoded = [json.loads((folder / name / "summary.json").read_text())["of"]["generation"] for name in NAMES]
+    assert decoded[0] == decoded[1] and "diffusion_steps=32" in decoded[0]
     page = (folder / "samples.txt").read_text()
     assert all(sample["prompt"] in page.splitlines() for sample in samples)
     assert (folder / "curves.png").stat().st_size > 1000

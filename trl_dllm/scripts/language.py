@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +127,15 @@ def load(folder: Path):
 
 
 def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_size: int = 32) -> dict[str, Any]:
-    """What a model writes behind held-out prompts, one completion each, decoded as it was trained.
+    """What a model writes behind held-out prompts: one completion each, one token a step, decoded as it was trained.
 
     Kept in `output`: `samples.jsonl`, and `summary.json` with VADER's score and its 95 % interval over the prompts,
     distinct-1 and distinct-2, tokens and the share that ended, and `cross_entropy`, nats a token under the model of
     `judge`. If they are there and are those of the same models and rows, nothing is run.
     """
     prompts = list(rows["prompt"])
-    config, _ = saved_decoding_config([str(folder)], {"temperature": 1.0})
+    saved, _ = saved_decoding_config([str(folder)], {"temperature": 1.0})
+    config = replace(saved, diffusion_steps=saved.max_new_tokens)  # SFT leaves open how many tokens a step reveals
     of = {"model": model_identity(str(folder)), "judge": model_identity(str(judge)), "prompts": prompts, "seed": seed}
     of |= {"generation": repr(config)}
     found = output / "summary.json"
