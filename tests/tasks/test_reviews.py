@@ -46,7 +46,7 @@ def test_splits_share_no_prompt_whatever_its_length(tmp_path):
         assert len(prompts["test"]) == len(test), "a held-out prompt counts once"
     free = [set(TASK.load(s, data_dir=str(tmp_path), prompt_words=0)["completion"]) for s in SPLITS]
     assert sum(map(len, free)) == len(set(texts)) == len(set.union(*free))
-    assert split_of("The film is") == split_of("the  FILM is, as they say, long")
+    assert all(split_of(f"The film{i} is old") == split_of(f"the  FILM{i} is new") for i in range(50))
 
 
 def test_training_rows_are_shuffled_by_the_seed_and_held_out_ones_are_not(tmp_path):

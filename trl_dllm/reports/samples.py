@@ -44,4 +44,4 @@ def cross_entropy(model: nn.Module, rollout: Rollout, estimator: Estimator, batc
     Costs `estimator.num_views(rollout)` forwards a row. Scored at temperature 1, whatever the rollout's.
     """
     scores = token_logps(model, rollout, estimator, temperature=1.0, batch_size=batch_size)
-    return float(-(scores.logps * rollout.counted).sum() / rollout.counted.sum().clamp(min=1))
+    return float(-scores.logps.sum() / rollout.counted.sum().clamp(min=1))  # 0 where nothing is counted
