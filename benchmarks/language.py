@@ -1,7 +1,7 @@
 """AnyOrder, StepMerge, diffu-GRPO and DDPO on SmolLM2-135M and movie reviews, at equal counted operations.
 
     make language
-    python benchmarks/language.py --flops 3e14 --seeds 0 1 2
+    python benchmarks/language.py --flops 6e13 --seeds 0 1 2
     python benchmarks/language.py --draw
 
 For each arm, blocks of 1 or 8 with three-word prompts or none, SFT makes a base model; each method trains from it
@@ -70,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, default=Path("runs/language_comparison"), help="Models and checkpoints.")
     parser.add_argument("--logs", type=Path, default=Path(__file__).parent / "language", help="Kept logs.")
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/language_vs_flops.png"))
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads.")
     parser.add_argument("--draw", action="store_true", help="Train nothing: draw the figure from the logs.")
     return parser
 
@@ -168,7 +169,7 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
 
     runs = [read_log(path) for path in sorted(logs.glob("*.jsonl"))]
     if not runs:
-        raise ValueError(f"{logs} holds no log. Train first: python benchmarks/language.py --flops 3e14")
+        raise ValueError(f"{logs} holds no log. Train first: python benchmarks/language.py --flops 6e13")
     arms = sorted({(facts["block_length"], -facts["prompt_words"]) for facts, _, _ in runs})
     figure, axes = plt.subplots(1, len(arms), figsize=(5.2 * len(arms), 4), dpi=130, squeeze=False, sharey=True)
     table = []
@@ -215,7 +216,8 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
 def main(args: argparse.Namespace) -> list[tuple]:
     if not args.draw:
         if not args.flops or args.flops <= 0:
-            raise ValueError(f"--flops={args.flops} must be a positive number of operations, such as 3e14; or --draw.")
+            raise ValueError(f"--flops={args.flops} must be a positive number of operations, such as 6e13; or --draw.")
+        torch.set_num_threads(args.threads)
         run(args)
     return draw(args.logs, args.figure)
 

@@ -52,7 +52,13 @@ def plot_language(learned: list[dict], improved: list[dict], path: str | Path, t
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.4), dpi=120)
     for ax, (history, column, name) in zip(axes, panels, strict=True):
         points = [(entry["step"], entry[column]) for entry in history if column in entry]
-        ax.plot(*zip(*points, strict=True) if points else ((), ()), color="tab:blue", linewidth=1.2)
+        ax.plot(
+            *zip(*points, strict=True) if points else ((), ()),
+            color="tab:blue",
+            linewidth=1.2,
+            marker=".",
+            markersize=4,
+        )
         ax.set(xlabel="step", title=name)
         ax.title.set_fontsize(9)
         ax.grid(alpha=0.3)

@@ -80,6 +80,9 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--sft_steps", type=count, help="SFT's steps, instead of those that fit into the budget.")
     parser.add_argument("--grpo_steps", type=count, help="GRPO's steps, instead of those that fit into the budget.")
     parser.add_argument("--num_examples", type=count, default=HELD_OUT, help="Held-out prompts.")
+    parser.add_argument(
+        "--threads", type=count, default=1, help="CPU threads. Each further one waits, and badly on a busy machine."
+    )
     return parser
 
 
@@ -175,6 +178,7 @@ def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_
 
 def main(args: argparse.Namespace) -> dict:
     start, folder = time.time(), args.output_dir
+    torch.set_num_threads(args.threads)
 
     def stage(script, recipe: str, model: Path, name: str, steps: int | None) -> list[dict]:
         known = (folder / name, args.seed, *(["--max_steps", str(steps)] if steps else []))
