@@ -1,0 +1,424 @@
+"""A training step, or a decoding one, run on fake tensors: its memory and its operations, without weights or a GPU.
+
+The trainer, its loop, sampler, scorer, loss and optimizer are the product's own, and so are the shapes. What is fake
+are the model's weights, and with them all that a forward makes of them: fake tensors have sizes and no contents. Token
+ids, masks, log-probs and the loss are real numbers, which the code may look at. The two worlds meet where
+`apply_head` is called: its result is replaced by real zeros, and their gradient by a fake one.
+
+A step calls the model hundreds of times at a few sizes. It is run where that tells anything new: once for each size
+without gradients, and with gradients at the first two views of the first optimizer step (there are gradients of the
+one while the other is run). The other calls return at once; what counts their operations sees them all.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from math import gcd, lcm
+from typing import Any
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from ..generation import any_order, block_cache, denoising, generate
+from ..likelihood import score
+from ..models import MaskedDiffusionSpec, TrainingFlops
+from ..models import head as head_module
+from ..models.lora import register_lora_targets
+from ..models.tiny import create_tiny_tokenizer
+from ..trainer import reference as reference_module
+from ..trainer.grpo_trainer import DiffusionGRPOTrainer
+from ..trainer.sft_trainer import DiffusionSFTTrainer
+from .memory import Footprint, Memory, weight_bytes
+
+
+PROMPT = 200  # tokens of a prompt, which nobody has read yet
+_LARGER = 1.05  # a call is of a new size if it is larger by this
+_LARGER_STEP = 1.25  # and one of the sampler's, whose cache grows from step to step
+
+_FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def make_model(config: Any, model_args: Any, quantization_config: Any = None) -> nn.Module:
+    """The model that `from_pretrained` would load, on the meta device."""
+    dtype = str(model_args.dtype or "auto").removeprefix("torch.")
+    dtype = getattr(config, "dtype", None) or torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation=getattr(model_args, "attn_implementation", None)
+        )
+    if quantization_config is not None:
+        from transformers.integrations import replace_with_bnb_linear
+
+        kept = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+        replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=quantization_config)
+        bits = 4 if quantization_config.load_in_4bit else 8
+        setattr(model, f"is_loaded_in_{bits}bit", True)
+        model.config.quantization_config = quantization_config
+    return model
+
+
+def make_fake(model: nn.Module) -> None:
+    """Replace the parameters and buffers of a model on the meta device by fake tensors, shared ones by shared ones."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for name, old in table.items():
+                if old is None:
+                    continue
+                if id(old) not in made:
+                    new = _quantised(module, old) if is_parameter else None
+                    if new is None:
+                        with _FAKE:
+                            new = torch.empty(old.shape, dtype=old.dtype)
+                        if is_parameter:
+                            new = nn.Parameter(new, requires_grad=old.requires_grad)
+                    made[id(old)] = new
+                table[name] = made[id(old)]
+
+
+def _quantised(module: nn.Module, weight: Tensor) -> Tensor | None:
+    """The packed 4-bit weight of one of bitsandbytes' layers, with its state; None of any other weight."""
+    kind = getattr(weight, "quant_type", None)
+    if kind is None or getattr(module, "weight", None) is not weight:
+        return None
+    from bitsandbytes.functional import QuantState
+
+    size, blocks = weight.numel(), -(-weight.numel() // 64)
+    storage = weight.quant_storage
+    with _FAKE:
+        packed = torch.empty((size // (2 * storage.itemsize), 1), dtype=storage)
+        code, offset = torch.empty(16), torch.empty(())
+        absmax, state2 = torch.empty(blocks), None
+        if weight.compress_statistics:
+            absmax = torch.empty(blocks, dtype=torch.uint8)
+            state2 = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+        dtype = module.compute_dtype or torch.bfloat16
+    new = nn.Parameter(packed, requires_grad=False)
+    new.quant_state = QuantState(absmax, weight.shape, code, 64, kind, dtype, offset if state2 else None, state2)
+    return new
+
+
+def make_tokenizer(config: Any) -> PreTrainedTokenizerFast:
+    """A token a character, with the model's own special ids."""
+    tokenizer = create_tiny_tokenizer()
+    text = config.get_text_config()
+    eos = text.eos_token_id[0] if isinstance(text.eos_token_id, list) else text.eos_token_id
+    ids = {"<mask>": config.mask_token_id, "<eos>": eos, "<pad>": text.pad_token_id, "<bos>": text.bos_token_id}
+    ids = {name: number for name, number in ids.items() if number is not None}
+    special = set(ids.values())
+    free = (number for number in range(text.vocab_size) if number not in special)
+    vocabulary = {name: ids[name] if name in ids else next(free) for name in tokenizer.get_vocab()}
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split("", behavior="isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        padding_side="left",
+        model_max_length=4096,
+        **{f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "mask", "unk")},
+    )
+
+
+class _Bridge(torch.autograd.Function):
+    """Real zeros in place of a fake result; a fake gradient in place of theirs."""
+
+    @staticmethod
+    def forward(ctx, fake: Tensor) -> Tensor:
+        return torch.zeros(fake.shape, dtype=fake.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        with _FAKE:
+            return torch.empty(gradient.shape, dtype=gradient.dtype)
+
+
+@dataclass
+class Calls:
+    """Which calls of the model are run, and what the others return.
+
+    Args:
+        step (`Callable`): the optimizer step that is being made, from 0.
+        token (`int`): what the sampler draws everywhere.
+    """
+
+    step: Callable[[], int] = lambda: 0
+    token: int = 0
+    sampling: bool = False
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)  # (rows, width, head rows) with gradients
+    _run: dict[Any, list[tuple[int, ...]]] = field(default_factory=dict)  # sizes that were run
+    _columns: dict[Any, tuple[int, torch.dtype]] = field(default_factory=dict)  # of each kind of result
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put this in the way of every call of `apply_head` and `hidden_rows`."""
+        with ExitStack() as stack:
+            for module in (denoising, any_order, block_cache, score):
+                if hasattr(module, "apply_head"):
+                    stack.enter_context(mock.patch.object(module, "apply_head", self.apply_head))
+            stack.enter_context(mock.patch.object(reference_module, "hidden_rows", self.hidden_rows))
+            yield
+
+    def apply_head(self, model, inputs: dict, rows: Tensor, reduce: Callable, *row_args: Tensor) -> Tensor:
+        kind, training = reduce.__code__, torch.is_grad_enabled()
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if training:
+            self.shapes.append((*ids.shape, len(rows)))
+        size = (ids.numel(), mask.numel() if isinstance(mask, Tensor) else 0, len(rows))
+        if self._is_new((kind, training), size, training):
+            result = head_module.apply_head(model, inputs, rows, reduce, *row_args)
+            self._columns[kind] = result.shape[1], result.dtype
+            out = _Bridge.apply(result)
+        else:
+            columns, dtype = self._columns[kind]
+            out = torch.zeros(len(rows), columns, dtype=dtype, requires_grad=training)
+        if self.sampling and out.shape[1] > 1:
+            out[:, 0] = self.token
+        return out
+
+    def hidden_rows(self, model, inputs: dict, rows: Tensor) -> Tensor:
+        if self._is_new("reference", (inputs["input_ids"].numel(), len(rows)), False):
+            return head_module.hidden_rows(model, inputs, rows)
+        from ..models import unwrap
+
+        with _FAKE:
+            return torch.empty(len(rows), unwrap(model).config.get_text_config().hidden_size, dtype=unwrap(model).dtype)
+
+    def _is_new(self, key: Any, size: tuple[int, ...], training: bool) -> bool:
+        larger = _LARGER_STEP if self.sampling else _LARGER
+        seen = self._run.setdefault(key, [])
+        wanted = 1 if not training else 2 if self.step() == 0 else 0
+        alike = sum(all(new <= larger * old for new, old in zip(size, other, strict=True)) for other in seen)
+        if alike >= wanted:
+            return False
+        seen.append(size)
+        return True
+
+
+@dataclass
+class Flops:
+    """Operations of a generation batch of GRPO on one process, as the log's `flops` counts them."""
+
+    sampling: int = 0
+    scoring: int = 0
+    updates: int = 0
+
+
+@contextmanager
+def _without_devices(model_of: Callable[..., nn.Module]) -> Iterator[None]:
+    """Trainers load no weights, and move none."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self))
+        for module in ("grpo_trainer", "sft_trainer"):
+            stack.enter_context(mock.patch(f"trl.trainer.{module}.create_model_from_path", model_of))
+        yield
+
+
+class _GRPO(DiffusionGRPOTrainer):
+    """The trainer, saying what is being done and what it costs."""
+
+    memory: Memory
+    calls: Calls
+    counted: Flops
+
+    def _generate_single_turn(self, *args, **kwargs):
+        self.calls.sampling = True
+        try:
+            with self.memory.during("sampling"):
+                return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.calls.sampling = False
+
+    def _generate_and_score_completions(self, inputs):
+        before = self.flops.counted
+        outputs = super()._generate_and_score_completions(inputs)
+        self.counted.sampling += self.flops.counted - before
+        return outputs
+
+    def _prepare_inputs(self, generation_batch):
+        before, sampled = self.flops.counted, self.counted.sampling
+        with self.memory.during("scoring"):
+            inputs = super()._prepare_inputs(generation_batch)
+        self.counted.scoring += self.flops.counted - before - (self.counted.sampling - sampled)
+        return inputs
+
+
+def _quiet(args: Any, folder: str) -> Any:
+    """The settings of one process of the run, which writes nothing."""
+    args = copy.copy(args)
+    for name, value in {
+        "output_dir": folder,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "load_best_model_at_end": False,
+        "report_to": [],
+        "push_to_hub": False,
+        "disable_tqdm": True,
+        "resume_from_checkpoint": None,
+        "torch_compile": False,
+        "deepspeed": None,
+        "deepspeed_plugin": None,
+        "fsdp": [],
+        "model_init_kwargs": None,
+        "ignore_data_skip": True,
+        "dataloader_num_workers": 0,
+    }.items():
+        if hasattr(args, name):
+            setattr(args, name, value)
+    if getattr(args, "log_completions", False):
+        args.log_completions = False
+    if args.fp16:  # of as many bytes, and there for CPUs
+        args.fp16, args.bf16 = False, True
+    return args
+
+
+def measure_grpo(args: Any, model_args: Any, config: Any, name: str) -> tuple[Footprint, Flops, nn.Module]:
+    """Run a GRPO recipe on fake tensors: its memory, its operations a generation batch, and the model."""
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    with tempfile.TemporaryDirectory() as folder:
+        args = _quiet(args, folder)
+        args.generation_batch_size = rows
+        args.num_generations = gcd(rows, args.num_generations)
+        cycle = args.steps_per_generation * args.num_iterations
+        steps = lcm(args.gradient_accumulation_steps, cycle) // args.gradient_accumulation_steps
+        args.max_steps = steps
+        prompts = [{"prompt": f"{row:0{PROMPT}d}"} for row in range(max(rows, args.max_steps * rows))]
+
+        def spread(completions, **kwargs):  # no row's gradient is 0
+            return [float(row) for row in range(len(completions))]
+
+        def build(**kwargs):
+            return _GRPO(reward_funcs=spread, args=args, train_dataset=Dataset.from_list(prompts), **kwargs)
+
+        cycles = steps * args.gradient_accumulation_steps // cycle
+        counted = Flops()
+
+        def begin(trainer, memory, calls):
+            trainer.memory, trainer.calls, trainer.counted = memory, calls, counted
+
+        footprint, trainer = _measure(build, begin, model_args, config, name)
+        counted.updates = trainer.flops.counted - counted.sampling - counted.scoring
+        counted = Flops(*(number // cycles for number in (counted.sampling, counted.scoring, counted.updates)))
+    return footprint, counted, trainer
+
+
+def measure_sft(args: Any, model_args: Any, config: Any, name: str) -> tuple[Footprint, int, nn.Module]:
+    """Run an SFT recipe on fake tensors: its memory, its operations an optimizer step, and the model."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = _quiet(args, folder)
+        args.max_steps = 1
+        answer = args.canvas_length or (args.max_length or 1024) - PROMPT
+        row = {"prompt": "1" * PROMPT, "completion": "1" * max(1, answer - 1)}  # and an EOS
+        rows = [row] * (args.gradient_accumulation_steps * args.per_device_train_batch_size)
+
+        def build(**kwargs):
+            return DiffusionSFTTrainer(args=args, train_dataset=Dataset.from_list(rows), **kwargs)
+
+        def begin(trainer, memory, calls):
+            trainer.calls = calls
+
+        footprint, trainer = _measure(build, begin, model_args, config, name)
+        count = TrainingFlops(trainer.model)
+        counted = sum(count.view(*shape, training=True) for shape in trainer.calls.shapes)
+    return footprint, counted, trainer
+
+
+class _AtEnd(TrainerCallback):
+    def __init__(self, function: Callable[[], Any]):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function()
+
+
+def _measure(build, begin, model_args, config, name) -> tuple[Footprint, Any]:
+    from trl import get_peft_config, get_quantization_config
+
+    quantisation = get_quantization_config(model_args)
+
+    def make(*args, **kwargs):
+        model = make_model(config, model_args, quantisation)
+        model.config._name_or_path = name
+        return model
+
+    register_lora_targets()
+    calls = Calls()
+    with _without_devices(make), calls.installed():
+        trainer = build(
+            model=make(), processing_class=make_tokenizer(config), peft_config=get_peft_config(model_args)
+        )
+        trainer.remove_callback(PrinterCallback)
+        make_fake(trainer.model)
+        reference = getattr(trainer, "ref_model", None)
+        if reference is not None:
+            make_fake(reference)
+        calls.step = lambda: trainer.state.global_step
+        special = set(trainer.processing_class.all_special_ids)
+        calls.token = next(number for number in range(1000) if number not in special)
+
+        memory = Memory(*[model for model in (trainer.model, reference) if model is not None])
+        begin(trainer, memory, calls)
+        with ExitStack() as watched:  # until the first optimizer step is made: later ones make nothing new
+            watched.enter_context(memory)
+            trainer.add_callback(_AtEnd(watched.close))
+            trainer.train()
+        footprint = footprint_of(trainer.model, memory, reference, config)
+    return footprint, trainer
+
+
+def footprint_of(model: nn.Module, memory: Memory, reference: nn.Module | None, config: Any) -> Footprint:
+    """What was measured of a step on these models."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = trained[0].element_size() if trained else 4
+    quantised = any(getattr(model_, flag, False) for model_ in model.modules() for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"))
+    own = min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=size)
+    return Footprint(
+        frozen=weight_bytes(model, trained=False),
+        trained=weight_bytes(model, trained=True),
+        reference=weight_bytes(reference) if reference is not None else 0,
+        parameters=sum(p.numel() for p in trained),
+        size=size,
+        size_zero3=size if quantised else min(size, own),
+        largest=max((weight_bytes(part) for part in _parts(model)), default=0),
+        peaks=memory.peaks,
+    )
+
+
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """What is gathered at a time: a decoder layer, the embeddings or the head."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    from ..models import unwrap
+
+    bare = unwrap(model)
+    layers = [module for module in bare.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [*layers, bare.get_input_embeddings(), bare.get_output_embeddings()]
+
+
+def measure_decoding(config: Any, decoding: Any, rows: int, dtype: str) -> tuple[int, int, int]:
+    """Decode `rows` prompts of 200 tokens on fake tensors: operations, bytes of weights, bytes of all else."""
+
+    class Named:
+        attn_implementation = None
+
+    Named.dtype = dtype
+    model = make_model(config, Named).eval()
+    make_fake(model)
+    tokenizer = make_tokenizer(config)
+    spec = MaskedDiffusionSpec.from_config(config, tokenizer)
+    special = set(tokenizer.all_special_ids)
+    calls = Calls(sampling=True, token=next(number for number in range(1000) if number not in special))
+    ids = torch.full((rows, PROMPT), calls.token)
+    ids[:, 0] = torch.arange(rows) % 1000 + 1
+    memory = Memory(model)
+    with calls.installed(), memory:
+        rollout = generate(model, ids, torch.ones_like(ids), decoding, spec=spec)
+    return rollout.flops, weight_bytes(model), memory.peak()
