@@ -6,6 +6,7 @@ cache is exact: the prompt is run once for each distinct prompt, and each step r
 before revealed and the masked positions of the current block.
 """
 
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -171,7 +172,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: "SlotCache"):
         super().__init__()
-        self.cache = cache
+        self.cache = weakref.proxy(cache)  # a circle would keep keys and values until Python looks for circles
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rows, heads, _, size = key_states.shape

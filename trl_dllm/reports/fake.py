@@ -11,9 +11,10 @@ one while the other is run). The other calls return at once; what counts their o
 """
 
 import copy
+import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import gcd, lcm
 from typing import Any
@@ -23,17 +24,20 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..generation import any_order, block_cache, denoising, generate
-from ..likelihood import score
+from ..likelihood import TokenScores, score
 from ..models import MaskedDiffusionSpec, TrainingFlops
 from ..models import head as head_module
 from ..models.lora import register_lora_targets
 from ..models.tiny import create_tiny_tokenizer
 from ..trainer import reference as reference_module
+from ..trainer import grpo_trainer
 from ..trainer.grpo_trainer import DiffusionGRPOTrainer
+from ..trainer.segmented_backward import segmented_backward
 from ..trainer.sft_trainer import DiffusionSFTTrainer
 from .memory import Footprint, Memory, weight_bytes
 
@@ -152,6 +156,8 @@ class Calls:
     step: Callable[[], int] = lambda: 0
     token: int = 0
     sampling: bool = False
+    complete: bool = False  # all that is run with gradients was run
+    over: bool = False  # and its backward passes
     shapes: list[tuple[int, int, int]] = field(default_factory=list)  # (rows, width, head rows) with gradients
     _run: dict[Any, list[tuple[int, ...]]] = field(default_factory=dict)  # sizes that were run
     _columns: dict[Any, tuple[int, torch.dtype]] = field(default_factory=dict)  # of each kind of result
@@ -164,6 +170,7 @@ class Calls:
                 if hasattr(module, "apply_head"):
                     stack.enter_context(mock.patch.object(module, "apply_head", self.apply_head))
             stack.enter_context(mock.patch.object(reference_module, "hidden_rows", self.hidden_rows))
+            stack.enter_context(mock.patch.object(grpo_trainer, "segmented_backward", self.segmented_backward))
             yield
 
     def apply_head(self, model, inputs: dict, rows: Tensor, reduce: Callable, *row_args: Tensor) -> Tensor:
@@ -179,9 +186,20 @@ class Calls:
         else:
             columns, dtype = self._columns[kind]
             out = torch.zeros(len(rows), columns, dtype=dtype, requires_grad=training)
+            self.complete |= training
         if self.sampling and out.shape[1] > 1:
             out[:, 0] = self.token
         return out
+
+    def segmented_backward(self, num_views: int, score: Callable, loss: Callable, *how: Any) -> Tensor:
+        """The step's own; where no forward is run any more, its forwards alone, which are counted."""
+        if not self.over:
+            return segmented_backward(num_views, score, loss, *how)
+        if how[-1] is None:  # not separable: a first pass finds all log-probs
+            with torch.no_grad():
+                for n in range(num_views):
+                    score(n)
+        return loss(TokenScores.sum(score(n) for n in range(num_views)), True)
 
     def hidden_rows(self, model, inputs: dict, rows: Tensor) -> Tensor:
         if self._is_new("reference", (inputs["input_ids"].numel(), len(rows)), False):
@@ -194,7 +212,7 @@ class Calls:
     def _is_new(self, key: Any, size: tuple[int, ...], training: bool) -> bool:
         larger = _LARGER_STEP if self.sampling else _LARGER
         seen = self._run.setdefault(key, [])
-        wanted = 1 if not training else 2 if self.step() == 0 else 0
+        wanted = 1 if not training else 2 if self.step() == 0 and not self.over else 0
         alike = sum(all(new <= larger * old for new, old in zip(size, other, strict=True)) for other in seen)
         if alike >= wanted:
             return False
@@ -202,19 +220,22 @@ class Calls:
         return True
 
 
-@dataclass
-class Flops:
-    """Operations of a generation batch of GRPO on one process, as the log's `flops` counts them."""
+@dataclass(frozen=True)
+class Measured:
+    """What a step takes on one process: its memory, and its operations by what they are for."""
 
-    sampling: int = 0
-    scoring: int = 0
-    updates: int = 0
+    footprint: Footprint
+    flops: dict[str, int]
 
 
 @contextmanager
 def _without_devices(model_of: Callable[..., nn.Module]) -> Iterator[None]:
-    """Trainers load no weights, and move none."""
+    """Trainers load no weights and move none, and are the only process."""
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(TrainingArguments, "world_size", 1))
+        alone = dict.fromkeys(("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"), "false")
+        stack.enter_context(mock.patch.dict(os.environ, alone))
+        stack.enter_context(mock.patch("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None))
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self))
         for module in ("grpo_trainer", "sft_trainer"):
             stack.enter_context(mock.patch(f"trl.trainer.{module}.create_model_from_path", model_of))
@@ -226,7 +247,7 @@ class _GRPO(DiffusionGRPOTrainer):
 
     memory: Memory
     calls: Calls
-    counted: Flops
+    counted: dict[str, int]
 
     def _generate_single_turn(self, *args, **kwargs):
         self.calls.sampling = True
@@ -239,14 +260,20 @@ class _GRPO(DiffusionGRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         before = self.flops.counted
         outputs = super()._generate_and_score_completions(inputs)
-        self.counted.sampling += self.flops.counted - before
+        self.counted["sampling"] += self.flops.counted - before
         return outputs
 
+    def training_step(self, *args, **kwargs):
+        self.calls.over = self.calls.complete
+        with _disable_current_modes() if self.calls.over else nullcontext():  # there is nothing to watch any more
+            return super().training_step(*args, **kwargs)
+
     def _prepare_inputs(self, generation_batch):
-        before, sampled = self.flops.counted, self.counted.sampling
+        before, sampled = self.flops.counted, self.counted["sampling"]
         with self.memory.during("scoring"):
             inputs = super()._prepare_inputs(generation_batch)
-        self.counted.scoring += self.flops.counted - before - (self.counted.sampling - sampled)
+        sampled = self.counted["sampling"] - sampled
+        self.counted["old and reference"] += self.flops.counted - before - sampled
         return inputs
 
 
@@ -280,8 +307,8 @@ def _quiet(args: Any, folder: str) -> Any:
     return args
 
 
-def measure_grpo(args: Any, model_args: Any, config: Any, name: str) -> tuple[Footprint, Flops, nn.Module]:
-    """Run a GRPO recipe on fake tensors: its memory, its operations a generation batch, and the model."""
+def measure_grpo(args: Any, model_args: Any, config: Any) -> Measured:
+    """Run a GRPO recipe on fake tensors; operations are those of a generation batch."""
     rows = args.per_device_train_batch_size * args.steps_per_generation
     with tempfile.TemporaryDirectory() as folder:
         args = _quiet(args, folder)
@@ -299,19 +326,18 @@ def measure_grpo(args: Any, model_args: Any, config: Any, name: str) -> tuple[Fo
             return _GRPO(reward_funcs=spread, args=args, train_dataset=Dataset.from_list(prompts), **kwargs)
 
         cycles = steps * args.gradient_accumulation_steps // cycle
-        counted = Flops()
+        counted = {"sampling": 0, "old and reference": 0}
 
         def begin(trainer, memory, calls):
             trainer.memory, trainer.calls, trainer.counted = memory, calls, counted
 
-        footprint, trainer = _measure(build, begin, model_args, config, name)
-        counted.updates = trainer.flops.counted - counted.sampling - counted.scoring
-        counted = Flops(*(number // cycles for number in (counted.sampling, counted.scoring, counted.updates)))
-    return footprint, counted, trainer
+        footprint, trainer = _measure(build, begin, model_args, config)
+        counted["updates"] = trainer.flops.counted - sum(counted.values())
+    return Measured(footprint, {part: number // cycles for part, number in counted.items()})
 
 
-def measure_sft(args: Any, model_args: Any, config: Any, name: str) -> tuple[Footprint, int, nn.Module]:
-    """Run an SFT recipe on fake tensors: its memory, its operations an optimizer step, and the model."""
+def measure_sft(args: Any, model_args: Any, config: Any) -> Measured:
+    """Run an SFT recipe on fake tensors; operations are those of an optimizer step."""
     with tempfile.TemporaryDirectory() as folder:
         args = _quiet(args, folder)
         args.max_steps = 1
@@ -325,10 +351,10 @@ def measure_sft(args: Any, model_args: Any, config: Any, name: str) -> tuple[Foo
         def begin(trainer, memory, calls):
             trainer.calls = calls
 
-        footprint, trainer = _measure(build, begin, model_args, config, name)
+        footprint, trainer = _measure(build, begin, model_args, config)
         count = TrainingFlops(trainer.model)
         counted = sum(count.view(*shape, training=True) for shape in trainer.calls.shapes)
-    return footprint, counted, trainer
+    return Measured(footprint, {"updates": counted})
 
 
 class _AtEnd(TrainerCallback):
@@ -339,14 +365,14 @@ class _AtEnd(TrainerCallback):
         self.function()
 
 
-def _measure(build, begin, model_args, config, name) -> tuple[Footprint, Any]:
+def _measure(build, begin, model_args, config) -> tuple[Footprint, Any]:
     from trl import get_peft_config, get_quantization_config
 
     quantisation = get_quantization_config(model_args)
 
     def make(*args, **kwargs):
         model = make_model(config, model_args, quantisation)
-        model.config._name_or_path = name
+        model.config._name_or_path = str(model_args.model_name_or_path)
         return model
 
     register_lora_targets()

@@ -205,6 +205,14 @@ class Sharding:
         if self.kind not in SHARDINGS:
             raise ValueError(f"sharding={self.kind!r} is unknown; choose one of {', '.join(SHARDINGS)}.")
 
+    @staticmethod
+    def of(args: Any) -> "Sharding":
+        """That of a run which was launched, or of one that is given DeepSpeed's or FSDP's settings."""
+        stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", None)
+        processes = max(1, args.world_size)
+        kind = f"zero{stage}" if stage else "fsdp2" if args.fsdp else "ddp" if processes > 1 else "none"
+        return Sharding(kind, processes)
+
     def memory(self, footprint: Footprint) -> dict[str, int]:
         """Bytes a GPU at the fullest moment, by part; `total` is their sum.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from trl_dllm.command import run_script
 from trl_dllm.reports.dry_run import dry_run
+from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts.common import (
     ModelArguments,
     RecipeParser,
@@ -46,11 +47,16 @@ def make_parser(prog: str | None = None) -> RecipeParser:
     return RecipeParser((DiffusionGRPOScriptArguments, DiffusionGRPOConfig, ModelArguments), prog=prog)
 
 
-def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPOConfig, model_args: ModelArguments):
+def main(
+    script_args: DiffusionGRPOScriptArguments,
+    training_args: DiffusionGRPOConfig,
+    model_args: ModelArguments,
+    sharding: Sharding | None = None,
+):
     check_named(script_args, model_args)
     rewards = resolve_rewards(script_args.task, script_args.reward_funcs, script_args.reward_model_name_or_path)
     if script_args.dry_run:
-        return dry_run("grpo", training_args, model_args)
+        return dry_run("grpo", training_args, model_args, sharding)
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionGRPOTrainer

@@ -8,6 +8,7 @@ import sys
 
 from trl_dllm.command import run_script
 from trl_dllm.reports.dry_run import dry_run
+from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts.common import (
     ModelArguments,
     RecipeParser,
@@ -33,10 +34,11 @@ def main(
     training_args: DiffusionSFTConfig,
     model_args: ModelArguments,
     callbacks: list | None = None,
+    sharding: Sharding | None = None,
 ):
     check_named(script_args, model_args)
     if script_args.dry_run:
-        return dry_run("sft", training_args, model_args)
+        return dry_run("sft", training_args, model_args, sharding)
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionSFTTrainer
