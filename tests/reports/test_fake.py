@@ -108,3 +108,25 @@ def test_memory_is_that_of_a_real_run(tmp_path, estimator, checkpointing, peft):
     """Peak bytes of the model, its reference, gradients, optimizer and all that is made on the way."""
     settings = {**estimator, **peft, "gradient_checkpointing": checkpointing, "beta": 0.04}
     check(grpo, tmp_path, config_of(64, 2), **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**STEP_MERGE, **LORA, "num_iterations": 2, "beta": 0.04},
+        {**STEP_MERGE, "importance_sampling_level": "sequence"},  # 2 N forwards
+        {**ANY_ORDER, "beta": 0.04, "kl_estimator": "full"},
+        {"estimator": "exact_trajectory", "num_iterations": 2, "gradient_accumulation_steps": 1},
+    ],
+    ids=["lora", "sequence", "full_kl", "exact"],
+)
+def test_operations_are_those_of_the_log(tmp_path, settings):
+    """A run of two generation batches: `flops` of the first log is sampling and scoring, a cycle's is their sum."""
+    args, model_args = parsed(grpo, tmp_path, **settings)
+    config = config_of(32, 2)
+    flops = measure_grpo(args, model_args, config).flops
+    cycle = args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps
+    trainer, _ = real_run(grpo, args, model_args, config, steps=cycle + 1)
+    logged = [entry["flops"] for entry in trainer.state.log_history if "flops" in entry]
+    assert logged[0] == flops["sampling"] + flops["old and reference"]
+    assert logged[-1] == logged[0] + sum(flops.values())

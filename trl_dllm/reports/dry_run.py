@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,6 +22,10 @@ from ..models.tiny import create_tiny_model
 from ..recipe import load_recipe, recipe_paths
 from ..rollout import Rollout
 from .memory import Sharding
+
+
+if TYPE_CHECKING:
+    from .fake import Measured
 
 
 def _dream() -> DreamConfig:
@@ -76,21 +81,28 @@ def count_parameters(config) -> int:
         return backbone_parameters(AutoModelForCausalLM.from_config(config))
 
 
-def describe(command: str, args, model_args, sharding: Sharding | None = None) -> dict:
+def measure(command: str, args, model_args) -> "Measured":
+    """What a step takes on one process."""
+    from .fake import measure_grpo, measure_sft  # and with it the trainers
+
+    config = read_config(model_args.model_name_or_path)
+    return (measure_grpo if command == "grpo" else measure_sft)(args, model_args, config)
+
+
+def describe(
+    command: str, args, model_args, sharding: Sharding | None = None, measured: "Measured | None" = None
+) -> dict:
     """The numbers of a run of `grpo` or `sft`, by name.
 
     FLOPs are of all processes, memory is of one: both for prompts of 200 tokens, and completions that fill their
-    canvas. `sharding` says how the step is spread over them; None reads it from the settings.
+    canvas. `sharding` says how the step is spread over them; None reads it from the settings. `measured` saves a
+    measurement where only that differs.
     """
-    from .fake import measure_grpo, measure_sft
-
+    measured = measured or measure(command, args, model_args)
     sharding = sharding or Sharding.of(args)
     sharding = replace(sharding, gathers=getattr(args, "ds3_gather_for_generation", True))
     name, processes = model_args.model_name_or_path, max(1, args.world_size)
-    config = read_config(name)
-    measured = (measure_grpo if command == "grpo" else measure_sft)(args, model_args, config)
-    base = first_stage(name)
-    parameters = count_parameters(config)
+    base, parameters = first_stage(name), count_parameters(read_config(name))
     facts = {
         "model": name if base == name else f"{name}, not there yet: as {base}",
         "parameters": f"{parameters / 1e9:.2f} B, {measured.footprint.parameters / 1e6:.1f} M trained",
