@@ -49,11 +49,11 @@ LORA = {"use_peft": "true", "lora_r": 8, "lora_target_modules": "all-linear"}
 
 
 def parsed(script, folder, **settings):
-    """Settings and model settings of a run."""
+    """Settings and model settings of a run; None takes one away."""
     given = {"model_name_or_path": "a-tiny-model", "output_dir": folder, **SETTINGS, **settings}
     if script is grpo:
         given = {**GRPO, **given}
-    words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+    words = [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
     return script.make_parser().parse_args_and_config(words)[1:]
 
 
@@ -130,3 +130,112 @@ def test_operations_are_those_of_the_log(tmp_path, settings):
     logged = [entry["flops"] for entry in trainer.state.log_history if "flops" in entry]
     assert logged[0] == flops["sampling"] + flops["old and reference"]
     assert logged[-1] == logged[0] + sum(flops.values())
+
+
+def test_operations_are_those_that_torch_counts(tmp_path):
+    """Of a whole step, update and generation, by FlopCounterMode: full fine-tuning and LoRA, within what is left out."""
+    for settings in ({}, LORA):
+        args, model_args = parsed(grpo, tmp_path, **STEP_MERGE, **settings, gradient_checkpointing="false")
+        config = config_of(64, 2)
+        flops = measure_grpo(args, model_args, config).flops
+        with flop_counter() as counter:
+            real_run(grpo, args, model_args, config, steps=1)
+        assert sum(flops.values()) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("objective", ["masked_diffusion", "any_order"])
+def test_memory_of_fine_tuning_is_that_of_a_real_run(tmp_path, objective):
+    """Any-order trains q, k and v alone, as d2 does."""
+    settings = {"objective": objective, "max_length": 240, "gradient_checkpointing": "true", "task": None}
+    measured, trainer, _ = check(sft, tmp_path, config_of(64, 2), **settings)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert measured.footprint.parameters == trained
+    assert (trained == 2 * 3 * 64 * 64) == (objective == "any_order")
+
+
+def test_4_bit_weights_are_as_large_as_real_ones(tmp_path):
+    """Packed by bitsandbytes on the CPU, and by hand around fake tensors."""
+    bnb = pytest.importorskip("bitsandbytes")
+    settings = {**STEP_MERGE, **LORA, "load_in_4bit": "true", "use_bnb_nested_quant": "true"}
+    args, model_args = parsed(grpo, tmp_path, **settings, bnb_4bit_quant_type="nf4", dtype="bfloat16")
+    config = config_of(64, 2)
+    footprint = measure_grpo(args, model_args, config).footprint
+    from trl import get_quantization_config
+
+    quantisation = get_quantization_config(model_args)
+    model = make_model(config, model_args, quantisation)
+    make_fake(model)
+    real = create_tiny_model("llada", 64, 2, intermediate_size=192)[0].to(torch.bfloat16)
+    for name, module in list(real.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
+            packed = bnb.nn.Linear4bit(module.in_features, module.out_features, False, quant_type="nf4")
+            packed.weight = bnb.nn.Params4bit(module.weight.data, False, quant_type="nf4", module=packed)
+            real.set_submodule(name, packed.to("cpu"))
+    assert real.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+    assert weight_bytes(model) == pytest.approx(weight_bytes(real), rel=0.02)
+    assert footprint.frozen == pytest.approx(weight_bytes(real), rel=0.02)
+    assert footprint.size == 2 and footprint.parameters == 2 * 8 * (4 * 2 * 64 + 3 * (64 + 192))
+
+
+def test_any_order_takes_no_more_than_an_uncompacted_pass():
+    """Peak activations of an update: rows that end early, on the columns that matter and on all of P + 2L."""
+    model, tokenizer = create_tiny_model("llada", 64, 4)
+    spec = MaskedDiffusionSpec.from_config(model.config, tokenizer)
+    config = DiffusionGenerationConfig(max_new_tokens=32, diffusion_steps=16, block_length=16, decoding="any_order")
+    prompts = torch.randint(5, 90, (4, 24), generator=torch.Generator().manual_seed(0))
+    rollout = generate(model, prompts, torch.ones_like(prompts), config, spec=spec)
+    share = torch.arange(32) < torch.tensor([[8], [16], [20], [32]])
+    for counted in (share, share & (torch.arange(32) < 16), torch.ones_like(share)):
+        rollout = replace(rollout, counted=counted)
+        peaks = []
+        for narrow in (compact, lambda view: view):
+            view, owner = Plan(AnyOrder(), rollout, 0, len(rollout))[0]
+            with Memory(model) as memory:
+                scores = score_view(model, narrow(view), 32, spec, owner=owner, rows=len(rollout))
+                scores.logps.sum().backward()
+            peaks.append(max(sum(live) - live.gradients for live in memory.peaks["training"]))
+            model.zero_grad()
+        assert peaks[0] <= peaks[1]
+        if counted[:, 16:].sum() == 0:
+            assert peaks[0] < 0.9 * peaks[1], "and less where no row has more than half of its canvas counted"
+
+
+def test_what_decoding_takes_is_what_it_takes_with_real_weights():
+    config = config_of(64, 2)
+    real = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    decoding = {"max_new_tokens": 32, "block_length": 16, "diffusion_steps": 8, "stop_at_eos": False}
+    for settings in ({}, {"decoding": "any_order", "cache": "exact"}, {"cache": "dual"}):
+        settings = DiffusionGenerationConfig(**decoding, **settings, temperature=0.0)
+        flops, weights, rest = measure_decoding(config, settings, 4, "float32")
+        ids = torch.full((4, PROMPT), 9)
+        ids[:, 0] = torch.arange(4) + 1
+        spec = MaskedDiffusionSpec.from_config(config, make_tokenizer(config))
+        with Memory(real) as memory:
+            rollout = generate(real, ids, torch.ones_like(ids), settings, spec=spec)
+        assert (flops, weights) == (rollout.flops, weight_bytes(real))
+        assert rest == pytest.approx(memory.peak(), rel=0.1)
+
+
+def test_truncated_draws_are_measured_too(tmp_path):
+    """Which tokens are left cannot be known of logits without contents."""
+    args, model_args = parsed(grpo, tmp_path, **STEP_MERGE, top_k=5)
+    assert measure_grpo(args, model_args, config_of(32, 2)).footprint.total > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**STEP_MERGE, **LORA, "gradient_checkpointing": "true", "beta": 0.04},
+        {**STEP_MERGE, "gradient_checkpointing": "false", "beta": 0.04},
+        {**ANY_ORDER, "gradient_checkpointing": "false", "num_iterations": 2},
+        {**ANY_ORDER, **LORA, "gradient_checkpointing": "true", "dtype": "bfloat16", "bf16": "true"},
+    ],
+    ids=["step_merge_lora", "step_merge", "any_order", "any_order_lora_bf16"],
+)
+def test_memory_is_that_of_a_real_run_at_50_million_parameters(tmp_path, settings):
+    config = config_of(512, 12)
+    config.vocab_size = 16384
+    measured, trainer, _ = check(grpo, tmp_path, config, **settings, per_device_train_batch_size=2, num_generations=2)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert 45e6 < parameters < 70e6

@@ -156,6 +156,7 @@ class Calls:
     step: Callable[[], int] = lambda: 0
     token: int = 0
     sampling: bool = False
+    truncates: bool = False  # the sampler keeps the tokens that it could have drawn, which fake logits do not tell
     complete: bool = False  # all that is run with gradients was run
     over: bool = False  # and its backward passes
     shapes: list[tuple[int, int, int]] = field(default_factory=list)  # (rows, width, head rows) with gradients
@@ -180,7 +181,8 @@ class Calls:
             self.shapes.append((*ids.shape, len(rows)))
         size = (ids.numel(), mask.numel() if isinstance(mask, Tensor) else 0, len(rows))
         if self._is_new((kind, training), size, training):
-            result = head_module.apply_head(model, inputs, rows, reduce, *row_args)
+            run = self._on_real(reduce) if self.sampling and self.truncates else reduce
+            result = head_module.apply_head(model, inputs, rows, run, *row_args)
             self._columns[kind] = result.shape[1], result.dtype
             out = _Bridge.apply(result)
         else:
@@ -190,6 +192,9 @@ class Calls:
         if self.sampling and out.shape[1] > 1:
             out[:, 0] = self.token
         return out
+
+    def _on_real(self, reduce: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda logits, *args: reduce(torch.zeros(logits.shape, dtype=logits.dtype), *args)
 
     def segmented_backward(self, num_views: int, score: Callable, loss: Callable, *how: Any) -> Tensor:
         """The step's own; where no forward is run any more, its forwards alone, which are counted."""
@@ -330,6 +335,7 @@ def measure_grpo(args: Any, model_args: Any, config: Any) -> Measured:
 
         def begin(trainer, memory, calls):
             trainer.memory, trainer.calls, trainer.counted = memory, calls, counted
+            calls.truncates = trainer.sampling.truncates
 
         footprint, trainer = _measure(build, begin, model_args, config)
         counted["updates"] = trainer.flops.counted - sum(counted.values())
