@@ -5,7 +5,6 @@ operations are those of real runs in `test_fake.py`.
 """
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_dllm import cli
 from trl_dllm.models import create_tiny_model
-from trl_dllm.recipe import find_accelerate_config, load_recipe, recipe_paths
+from trl_dllm.recipe import find_accelerate_config
 from trl_dllm.reports import dry_run
 from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts import grpo, sft

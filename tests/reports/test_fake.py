@@ -13,11 +13,17 @@ from trl import get_peft_config
 
 from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTTrainer
 from trl_dllm.generation import DiffusionGenerationConfig, generate
-from trl_dllm.likelihood import AnyOrder, MeanField, Plan, compact, score_view
+from trl_dllm.likelihood import AnyOrder, Plan, compact, score_view
 from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
-from trl_dllm.models.tiny import create_tiny_tokenizer
-from trl_dllm.reports.fake import PROMPT, make_fake, make_model, make_tokenizer, measure_decoding, measure_grpo
-from trl_dllm.reports.fake import measure_sft
+from trl_dllm.reports.fake import (
+    PROMPT,
+    make_fake,
+    make_model,
+    make_tokenizer,
+    measure_decoding,
+    measure_grpo,
+    measure_sft,
+)
 from trl_dllm.reports.memory import Memory, weight_bytes
 from trl_dllm.scripts import grpo, sft
 
@@ -133,7 +139,7 @@ def test_operations_are_those_of_the_log(tmp_path, settings):
 
 
 def test_operations_are_those_that_torch_counts(tmp_path):
-    """Of a whole step, update and generation, by FlopCounterMode: full fine-tuning and LoRA, within what is left out."""
+    """Of a whole step, sampling and update, by FlopCounterMode; norms and the like are left out."""
     for settings in ({}, LORA):
         args, model_args = parsed(grpo, tmp_path, **STEP_MERGE, **settings, gradient_checkpointing="false")
         config = config_of(64, 2)
@@ -163,7 +169,7 @@ def test_4_bit_weights_are_as_large_as_real_ones(tmp_path):
     from trl import get_quantization_config
 
     quantisation = get_quantization_config(model_args)
-    model = make_model(config, model_args, quantisation)
+    model = make_model(config, "bfloat16", None, quantisation)
     make_fake(model)
     real = create_tiny_model("llada", 64, 2, intermediate_size=192)[0].to(torch.bfloat16)
     for name, module in list(real.named_modules()):
@@ -236,6 +242,6 @@ def test_truncated_draws_are_measured_too(tmp_path):
 def test_memory_is_that_of_a_real_run_at_50_million_parameters(tmp_path, settings):
     config = config_of(512, 12)
     config.vocab_size = 16384
-    measured, trainer, _ = check(grpo, tmp_path, config, **settings, per_device_train_batch_size=2, num_generations=2)
+    _, trainer, _ = check(grpo, tmp_path, config, **settings, per_device_train_batch_size=2, num_generations=2)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     assert 45e6 < parameters < 70e6

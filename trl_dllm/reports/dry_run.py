@@ -8,14 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..models import DreamConfig, LLaDAConfig, backbone_parameters
-from ..models.hub import HubConfig
 from ..models.illada import ILLaDAConfig
 from ..models.llada_moe import LLaDAMoEConfig
 from ..models.tiny import create_tiny_model
@@ -41,7 +39,7 @@ def _dream() -> DreamConfig:
 
 # Shapes of published checkpoints, for a machine that cannot reach the Hub: the first that a name contains. And those
 # that `trl-dllm init-tiny` writes where the tiny recipes look.
-_PUBLISHED: dict[str, Callable[[], HubConfig]] = {
+_PUBLISHED: dict[str, Callable[[], Any]] = {
     "illada": ILLaDAConfig,
     "llada-moe": LLaDAMoEConfig,
     "llada-8b": LLaDAConfig,
@@ -53,7 +51,7 @@ _PUBLISHED: dict[str, Callable[[], HubConfig]] = {
 
 
 def first_stage(name: str) -> str:
-    """The model itself or, if it is a folder that is not there and a recipe writes it, what that recipe starts from."""
+    """The model itself or, for a folder that is not there and that a recipe writes, what that recipe starts from."""
     while not Path(name).exists():
         recipes = map(load_recipe, recipe_paths().values())
         before = next((recipe["model_name_or_path"] for recipe in recipes if recipe.get("output_dir") == name), None)

@@ -6,8 +6,8 @@ ids, masks, log-probs and the loss are real numbers, which the code may look at.
 `apply_head` is called: its result is replaced by real zeros, and their gradient by a fake one.
 
 A step calls the model hundreds of times at a few sizes. It is run where that tells anything new: once for each size
-without gradients, and with gradients at the first two views of the first optimizer step (there are gradients of the
-one while the other is run). The other calls return at once; what counts their operations sees them all.
+in sampling, once in scoring, and once with gradients, where those of an earlier view are put beside it if there is
+one. The other calls return at once; what counts their operations sees them all.
 """
 
 import copy
@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback
 
 from ..generation import any_order, block_cache, denoising, generate
 from ..likelihood import TokenScores, score
-from ..models import MaskedDiffusionSpec, TrainingFlops
+from ..models import MaskedDiffusionSpec, TrainingFlops, unwrap
 from ..models import head as head_module
 from ..models.lora import register_lora_targets
 from ..models.tiny import create_tiny_tokenizer
-from ..trainer import reference as reference_module
 from ..trainer import grpo_trainer
+from ..trainer import reference as reference_module
 from ..trainer.grpo_trainer import DiffusionGRPOTrainer
 from ..trainer.segmented_backward import segmented_backward
 from ..trainer.sft_trainer import DiffusionSFTTrainer
@@ -43,19 +44,22 @@ from .memory import Footprint, Memory, weight_bytes
 
 
 PROMPT = 200  # tokens of a prompt, which nobody has read yet
-_LARGER = 1.05  # a call is of a new size if it is larger by this
-_LARGER_STEP = 1.25  # and one of the sampler's, whose cache grows from step to step
+# A call is of a new size if its tokens or its attention are more than this many times those of another, or if its rows
+# of the head are, which take memory a tile at a time.
+_LARGER, _MORE_ROWS = 1.25, 2.0
 
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def make_model(config: Any, model_args: Any, quantization_config: Any = None) -> nn.Module:
+def make_model(
+    config: Any, dtype: Any, attn_implementation: str | None = None, quantization_config: Any = None
+) -> nn.Module:
     """The model that `from_pretrained` would load, on the meta device."""
-    dtype = str(model_args.dtype or "auto").removeprefix("torch.")
-    dtype = getattr(config, "dtype", None) or torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    named = str(dtype or "auto").removeprefix("torch.")
+    of_weights = getattr(config, "dtype", None) or torch.bfloat16 if named == "auto" else getattr(torch, named)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=getattr(model_args, "attn_implementation", None)
+            copy.deepcopy(config), dtype=of_weights, attn_implementation=attn_implementation
         )
     if quantization_config is not None:
         from transformers.integrations import replace_with_bnb_linear
@@ -71,8 +75,10 @@ def make_model(config: Any, model_args: Any, quantization_config: Any = None) ->
 def make_fake(model: nn.Module) -> None:
     """Replace the parameters and buffers of a model on the meta device by fake tensors, shared ones by shared ones."""
     made: dict[int, Tensor] = {}
+    tables: list[tuple[Any, bool]]
     for module in model.modules():
-        for table, is_parameter in ((module._parameters, True), (module._buffers, False)):
+        tables = [(module._parameters, True), (module._buffers, False)]
+        for table, is_parameter in tables:
             for name, old in table.items():
                 if old is None:
                     continue
@@ -102,9 +108,11 @@ def _quantised(module: nn.Module, weight: Tensor) -> Tensor | None:
         absmax, state2 = torch.empty(blocks), None
         if weight.compress_statistics:
             absmax = torch.empty(blocks, dtype=torch.uint8)
-            state2 = QuantState(torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32)
+            state2 = QuantState(
+                torch.empty(-(-blocks // 256)), code=torch.empty(256), blocksize=256, dtype=torch.float32
+            )
         dtype = module.compute_dtype or torch.bfloat16
-    new = nn.Parameter(packed, requires_grad=False)
+    new: Any = nn.Parameter(packed, requires_grad=False)
     new.quant_state = QuantState(absmax, weight.shape, code, 64, kind, dtype, offset if state2 else None, state2)
     return new
 
@@ -149,16 +157,19 @@ class Calls:
     """Which calls of the model are run, and what the others return.
 
     Args:
-        step (`Callable`): the optimizer step that is being made, from 0.
+        accumulates (`bool`): whether an optimizer step adds up the gradients of several micro-batches.
+        put_gradients (`Callable`): puts gradients of an earlier view beside the weights.
         token (`int`): what the sampler draws everywhere.
     """
 
-    step: Callable[[], int] = lambda: 0
+    accumulates: bool = False
+    put_gradients: Callable[[], None] = lambda: None
     token: int = 0
     sampling: bool = False
     truncates: bool = False  # the sampler keeps the tokens that it could have drawn, which fake logits do not tell
-    complete: bool = False  # all that is run with gradients was run
-    over: bool = False  # and its backward passes
+    scored: bool = False  # what is scored without gradients was run
+    complete: bool = False  # what is run with gradients was run
+    over: bool = False  # and its backward pass
     shapes: list[tuple[int, int, int]] = field(default_factory=list)  # (rows, width, head rows) with gradients
     _run: dict[Any, list[tuple[int, ...]]] = field(default_factory=dict)  # sizes that were run
     _columns: dict[Any, tuple[int, torch.dtype]] = field(default_factory=dict)  # of each kind of result
@@ -178,9 +189,11 @@ class Calls:
         kind, training = reduce.__code__, torch.is_grad_enabled()
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if training:
-            self.shapes.append((*ids.shape, len(rows)))
+            self.shapes.append((ids.shape[0], ids.shape[1], len(rows)))
         size = (ids.numel(), mask.numel() if isinstance(mask, Tensor) else 0, len(rows))
-        if self._is_new((kind, training), size, training):
+        if self._is_new((kind, training), size):
+            if training and self.accumulates:
+                self.put_gradients()
             run = self._on_real(reduce) if self.sampling and self.truncates else reduce
             result = head_module.apply_head(model, inputs, rows, run, *row_args)
             self._columns[kind] = result.shape[1], result.dtype
@@ -189,6 +202,7 @@ class Calls:
             columns, dtype = self._columns[kind]
             out = torch.zeros(len(rows), columns, dtype=dtype, requires_grad=training)
             self.complete |= training
+            self.scored |= not training and not self.sampling
         if self.sampling and out.shape[1] > 1:
             out[:, 0] = self.token
         return out
@@ -198,6 +212,7 @@ class Calls:
 
     def segmented_backward(self, num_views: int, score: Callable, loss: Callable, *how: Any) -> Tensor:
         """The step's own; where no forward is run any more, its forwards alone, which are counted."""
+        self.accumulates |= num_views > 1
         if not self.over:
             return segmented_backward(num_views, score, loss, *how)
         if how[-1] is None:  # not separable: a first pass finds all log-probs
@@ -207,20 +222,21 @@ class Calls:
         return loss(TokenScores.sum(score(n) for n in range(num_views)), True)
 
     def hidden_rows(self, model, inputs: dict, rows: Tensor) -> Tensor:
-        if self._is_new("reference", (inputs["input_ids"].numel(), len(rows)), False):
+        if self._is_new("reference", (inputs["input_ids"].numel(), len(rows))):
             return head_module.hidden_rows(model, inputs, rows)
-        from ..models import unwrap
-
+        bare = unwrap(model)
         with _FAKE:
-            return torch.empty(len(rows), unwrap(model).config.get_text_config().hidden_size, dtype=unwrap(model).dtype)
+            return torch.empty(len(rows), bare.config.get_text_config().hidden_size, dtype=bare.dtype)
 
-    def _is_new(self, key: Any, size: tuple[int, ...], training: bool) -> bool:
-        larger = _LARGER_STEP if self.sampling else _LARGER
-        seen = self._run.setdefault(key, [])
-        wanted = 1 if not training else 2 if self.step() == 0 and not self.over else 0
-        alike = sum(all(new <= larger * old for new, old in zip(size, other, strict=True)) for other in seen)
-        if alike >= wanted:
+    def _is_new(self, key: Any, size: tuple[int, ...]) -> bool:
+        """Whether to run a call of this kind: `size` is its tokens, attention and rows of the head."""
+        if self.over or (self.scored and not self.sampling and not torch.is_grad_enabled()):
             return False
+        limits = [*[_LARGER] * (len(size) - 1), _MORE_ROWS]
+        seen = self._run.setdefault(key, [])
+        for other in seen:
+            if all(new <= limit * old for new, old, limit in zip(size, other, limits, strict=True)):
+                return False
         seen.append(size)
         return True
 
@@ -272,6 +288,11 @@ class _GRPO(DiffusionGRPOTrainer):
         self.calls.over = self.calls.complete
         with _disable_current_modes() if self.calls.over else nullcontext():  # there is nothing to watch any more
             return super().training_step(*args, **kwargs)
+
+    def _score_view(self, *args, **kwargs):
+        told = self.calls.scored and not torch.is_grad_enabled()
+        with _disable_current_modes() if told else nullcontext():
+            return super()._score_view(*args, **kwargs)
 
     def _prepare_inputs(self, generation_batch):
         before, sampled = self.flops.counted, self.counted["sampling"]
@@ -359,7 +380,7 @@ def measure_sft(args: Any, model_args: Any, config: Any) -> Measured:
 
         footprint, trainer = _measure(build, begin, model_args, config)
         count = TrainingFlops(trainer.model)
-        counted = sum(count.view(*shape, training=True) for shape in trainer.calls.shapes)
+        counted = sum(count.view(rows, width, scored, training=True) for rows, width, scored in trainer.calls.shapes)
     return Measured(footprint, {"updates": counted})
 
 
@@ -377,26 +398,25 @@ def _measure(build, begin, model_args, config) -> tuple[Footprint, Any]:
     quantisation = get_quantization_config(model_args)
 
     def make(*args, **kwargs):
-        model = make_model(config, model_args, quantisation)
+        model = make_model(config, model_args.dtype, model_args.attn_implementation, quantisation)
         model.config._name_or_path = str(model_args.model_name_or_path)
         return model
 
     register_lora_targets()
     calls = Calls()
     with _without_devices(make), calls.installed():
-        trainer = build(
-            model=make(), processing_class=make_tokenizer(config), peft_config=get_peft_config(model_args)
-        )
+        trainer = build(model=make(), processing_class=make_tokenizer(config), peft_config=get_peft_config(model_args))
         trainer.remove_callback(PrinterCallback)
         make_fake(trainer.model)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None:
             make_fake(reference)
-        calls.step = lambda: trainer.state.global_step
+        calls.accumulates = trainer.args.gradient_accumulation_steps > 1
         special = set(trainer.processing_class.all_special_ids)
         calls.token = next(number for number in range(1000) if number not in special)
 
         memory = Memory(*[model for model in (trainer.model, reference) if model is not None])
+        calls.put_gradients = memory.put_gradients
         begin(trainer, memory, calls)
         with ExitStack() as watched:  # until the first optimizer step is made: later ones make nothing new
             watched.enter_context(memory)
@@ -410,7 +430,11 @@ def footprint_of(model: nn.Module, memory: Memory, reference: nn.Module | None, 
     """What was measured of a step on these models."""
     trained = [p for p in model.parameters() if p.requires_grad]
     size = trained[0].element_size() if trained else 4
-    quantised = any(getattr(model_, flag, False) for model_ in model.modules() for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"))
+    quantised = any(
+        getattr(model_, flag, False)
+        for model_ in model.modules()
+        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit")
+    )
     own = min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=size)
     return Footprint(
         frozen=weight_bytes(model, trained=False),
@@ -426,10 +450,6 @@ def footprint_of(model: nn.Module, memory: Memory, reference: nn.Module | None, 
 
 def _parts(model: nn.Module) -> list[nn.Module]:
     """What is gathered at a time: a decoder layer, the embeddings or the head."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    from ..models import unwrap
-
     bare = unwrap(model)
     layers = [module for module in bare.modules() if isinstance(module, GradientCheckpointingLayer)]
     return [*layers, bare.get_input_embeddings(), bare.get_output_embeddings()]
@@ -438,11 +458,7 @@ def _parts(model: nn.Module) -> list[nn.Module]:
 def measure_decoding(config: Any, decoding: Any, rows: int, dtype: str) -> tuple[int, int, int]:
     """Decode `rows` prompts of 200 tokens on fake tensors: operations, bytes of weights, bytes of all else."""
 
-    class Named:
-        attn_implementation = None
-
-    Named.dtype = dtype
-    model = make_model(config, Named).eval()
+    model = make_model(config, dtype).eval()
     make_fake(model)
     tokenizer = make_tokenizer(config)
     spec = MaskedDiffusionSpec.from_config(config, tokenizer)

@@ -37,7 +37,8 @@ class Memory(TorchDispatchMode):
     1 where an operation reads one back, and every entry of it counts where an operation looks for those that do.
 
     Args:
-        models (`nn.Module`): whose weights are not counted, and whose gradients are told from other tensors.
+        models (`nn.Module`): whose weights are not counted, and whose gradients are told from other tensors; the
+            trained one first.
     """
 
     def __init__(self, *models: nn.Module):
@@ -99,6 +100,14 @@ class Memory(TorchDispatchMode):
             yield
         finally:
             self.phase = before
+
+    def put_gradients(self) -> None:
+        """Give each trained weight of the first model a gradient, as an earlier backward pass would have."""
+        before, self._kind = self._kind, "gradients"
+        for parameter in self.models[0].parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        self._kind = before
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -127,7 +127,7 @@ class TaskArguments(ScriptArguments):
         num_train_examples (`int`): training examples to generate or take.
         num_eval_examples (`int`): evaluation examples to generate or take.
         data_dir (`str`, *optional*): local folder with the task's data, instead of the Hub.
-        dry_run (`bool`): load no weights; run a step on fake tensors, print its batches, FLOPs and memory a GPU, and stop.
+        dry_run (`bool`): load no weights; run a step on fake tensors, print its batches, FLOPs and memory, and stop.
         puzzle_seed (`int`, *optional*): seed of generated data; `None` takes the run's.
         start_over (`bool`): begin anew in an output_dir that holds another run, whose files are moved aside.
     """
@@ -141,7 +141,7 @@ class TaskArguments(ScriptArguments):
     data_dir: str | None = field(default=None, metadata={"help": "Local folder with the task's data."})
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Load no weights: run a step on fake tensors, print its batches, FLOPs and memory, and stop."},
+        metadata={"help": "Load no weights: run a step on fake tensors, print batches, FLOPs and memory, and stop."},
     )
     puzzle_seed: int | None = field(
         default=None, metadata={"help": "Seed of generated data. None takes the run's seed."}
