@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from oracles import left_pad, random_rollout, random_table, trajectories_rollout
+from oracles import left_pad, random_rollout, random_table, slow_decode, trajectories_rollout
 from safetensors.torch import load_file
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
@@ -121,6 +121,18 @@ def forwards_of(model, draw=sample_any_order, **settings) -> tuple[Rollout, list
         return draw(model, **settings), shapes
     finally:
         hook.remove()
+
+
+def assert_equals_slow_decoder(
+    model, rollout: Rollout, prompts=PROMPTS, seeds=SEEDS, atol=1e-5, of_prompt=lambda prompt: {}, **settings
+) -> None:
+    """The rollout, of `sample`, is what `slow_decode` draws with these settings and those that a prompt gives."""
+    settings = {"canvas": 12, "block_length": 6, "mask": MASK, **settings}
+    for row, prompt in enumerate(prompts):
+        tokens, steps, logps = slow_decode(model, prompt, seed=int(seeds[row]), **settings, **of_prompt(prompt))
+        assert rollout.unmask_step[row].tolist() == steps, f"steps of row {row}"
+        assert rollout.completion_ids[row].tolist() == tokens, f"tokens of row {row}"
+        torch.testing.assert_close(rollout.logps[row].double(), torch.tensor(logps).double(), atol=atol, rtol=0)
 
 
 def assert_same_rollout(a: Rollout, b: Rollout, rows=slice(None), atol: float = 1e-5) -> None:

@@ -219,7 +219,8 @@ def check_training(folder: Path) -> None:
         "save_strategy": "steps",
         "save_steps": 1,
     }
-    decoding = {"num_generations": 4, "max_completion_length": 8, "block_length": 4, "diffusion_steps": 4}
+    block = getattr(AutoConfig.from_pretrained(folder), "block_size", None) or 4
+    decoding = {"num_generations": 4, "max_completion_length": 2 * block, "block_length": block, "diffusion_steps": 4}
 
     def sft(name, **changes):
         config = DiffusionSFTConfig(str(folder / name), **{**settings, **changes})

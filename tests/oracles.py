@@ -275,16 +275,24 @@ def slow_decode(
     eos: tuple[int, ...] = (),
     stop_at_eos: bool = False,
     cfg_scale: float = 0.0,
+    starts: list[int] | None = None,
+    grows: bool = False,
+    logits_of=full_logits,
 ):
-    """Decode one row by itself, docs/methods.md §3.1 word for word; returns tokens, steps and log-probs as lists."""
+    """Decode one row by itself, docs/methods.md §3.1 word for word; returns tokens, steps and log-probs as lists.
+
+    `starts` are the blocks' first positions; where the canvas `grows`, what stands behind the block is not shown.
+    """
     tokens, steps, logps, step = [mask] * canvas, [-1] * canvas, [0.0] * canvas, 0
-    for start in range(0, canvas, block_length):
-        in_block, step_in_block = range(start, start + block_length), 0
+    bounds = [*(range(0, canvas, block_length) if starts is None else starts), canvas]
+    for start, end in itertools.pairwise(bounds):
+        in_block, step_in_block = range(start, end), 0
+        shown = end if grows else canvas
         while any(tokens[i] == mask for i in in_block):
             with torch.no_grad():
-                logits = full_logits(model, prompt + tokens)
+                logits = logits_of(model, prompt + tokens[:shown])
                 if cfg_scale:
-                    blind = full_logits(model, [mask] * len(prompt) + tokens)
+                    blind = logits_of(model, [mask] * len(prompt) + tokens[:shown])
                     logits = blind + (cfg_scale + 1) * (logits - blind)
             proposals = []
             for i in in_block:
@@ -346,6 +354,45 @@ def slow_step_merge(model, rollout: Rollout, segments: int | None, shift: int, t
             logps[row][i] = p[tokens[i]].log()
             entropies[row][i] = -sum(q * q.log() for v, q in enumerate(p) if v != mask)
     return torch.stack([torch.stack(r) for r in logps]), torch.stack([torch.stack(r) for r in entropies])
+
+
+# --------------------------------------------------------------------------------------------------------- blocks
+
+
+def block_starts(prompt: int, canvas: int, size: int, alignment: str) -> list[int]:
+    """First positions of a canvas's blocks; counted from the prompt's first token, or from the canvas's."""
+    return [i for i in range(canvas) if i == 0 or (i + (prompt if alignment == "position" else 0)) % size == 0]
+
+
+def block_causal_logits(size: int, prompt: int, alignment: str):
+    """`full_logits` of a block-causal model: a row sees its own block and those before it, by a mask of all pairs."""
+
+    def logits(model, ids: list[int]) -> torch.Tensor:
+        block = [(p - (prompt if alignment == "canvas" else 0)) // size for p in range(len(ids))]
+        mask = torch.tensor([[[[k <= q for k in block] for q in block]]])
+        return model(input_ids=torch.tensor([ids]), attention_mask=mask, use_cache=False).logits[0].double()
+
+    return logits
+
+
+def slow_block_views(model, rollout: Rollout, shown, scored) -> torch.Tensor:
+    """Log-probs (B, L) of a block-causal model, one block at a time behind finished ones; with a graph.
+
+    `shown(row, i)` says whether the block's own position i shows its token, `scored(row, i)` whether it is scored.
+    """
+    canvas, blocks, scores = rollout.completion_ids.shape[1], rollout.blocks, {}
+    for row in range(len(rollout)):
+        prompt, tokens = unpadded(rollout, row), rollout.completion_ids[row].tolist()
+        starts = block_starts(len(prompt), canvas, blocks.size, blocks.alignment)
+        logits = block_causal_logits(blocks.size, len(prompt), blocks.alignment)
+        for start, end in itertools.pairwise([*starts, canvas]):
+            here = [tokens[i] if shown(row, i) else rollout.mask_token_id for i in range(start, end)]
+            out = logits(model, prompt + tokens[:start] + here)
+            for i in range(start, end):
+                if scored(row, i):
+                    p = token_distribution(out[len(prompt) + i], rollout.mask_token_id)
+                    scores[row, i] = p[tokens[i]].log()
+    return assemble(rollout, scores)
 
 
 # -------------------------------------------------------------------------------------------------- views of a rollout

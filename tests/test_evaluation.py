@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trl_dllm import evaluation
 from trl_dllm.evaluation import (
     GENERATIONS,
     SUMMARY,
+    complete,
     evaluate,
     pass_at_k,
     rescore,
@@ -119,6 +121,33 @@ def test_a_prefill_begins_the_answer_and_is_scored_with_it(tiny, tmp_path):
     assert all(record["completion"].startswith("<answer>") for record in records)
     ids, mask = tokenize_prompts(tiny[1], ["1="], prefill="<answer>")
     assert tiny[1].decode(ids[0]) == "1=<answer>" and mask.all()
+
+
+def test_a_text_ends_behind_its_first_stop_string_and_the_row_with_its_block(tiny):
+    model, tokenizer = tiny
+    prompts, seeds = ["1=", "22=", "3="], torch.arange(3)
+    config = DiffusionGenerationConfig(16, block_length=4, tokens_per_step=1, stop_at_eos=False, eos_token_ids=())
+    whole, rollout = complete(model, tokenizer, prompts, config, seeds)
+    stops = [whole[0][5], whole[1][2:4]]  # in the second block of one row, and the first of another
+    texts, cut = complete(model, tokenizer, prompts, config, seeds, stop_strings=stops)
+    for row, (text, full) in enumerate(zip(texts, whole, strict=True)):
+        ends = [full.index(stop) + len(stop) for stop in stops if stop in full]
+        assert text == full[: min(ends, default=None)]
+        decoded = int(cut.revealed[row].sum())
+        shown = [tokenizer.decode(rollout.completion_ids[row, :end], skip_special_tokens=True) for end in (4, 8, 12)]
+        holds = [4 * n for n, part in enumerate(shown, 1) if any(stop in part for stop in stops)]
+        assert decoded == min(holds, default=16)
+        assert torch.equal(cut.completion_ids[row, :decoded], rollout.completion_ids[row, :decoded])
+    assert len({int(n) for n in cut.revealed.sum(dim=1)}) > 1
+
+
+def test_stop_strings_belong_to_what_an_evaluation_is(tiny, tmp_path):
+    summary = run(tiny, tmp_path, stop_strings=["1"])
+    assert summary["stop_strings"] == ["1"]
+    records = [json.loads(line) for line in (tmp_path / GENERATIONS).read_text().splitlines()]
+    assert all("1" not in record["completion"][:-1] for record in records)
+    with pytest.raises(ValueError, match="stop_strings differ"):
+        run(tiny, tmp_path)
 
 
 def test_other_settings_in_the_same_folder_are_refused(tiny, tmp_path):

@@ -81,17 +81,31 @@ def complete(
     config: DiffusionGenerationConfig,
     seeds: torch.Tensor,
     prefill: str = "",
+    stop_strings: Sequence[str] = (),
     **kwargs,
 ) -> tuple[list[str], Rollout]:
     """Complete text or conversational prompts: texts up to the first EOS, and the rollout that they come from.
 
-    `seeds` (B,) are the rows' own; `kwargs` go to `generate`.
+    Args:
+        seeds (`Tensor` of shape (B,), int64): the rows' own.
+        stop_strings (`Sequence[str]`): a text ends behind the first of these, and its row is not decoded beyond the
+            block in which it stands.
+        **kwargs: for `generate`.
     """
+
+    def found(text: str) -> int | None:
+        """Where the text ends, behind the first stop string."""
+        ends = [text.index(stop) + len(stop) for stop in stop_strings if stop in text]
+        return min(ends, default=None)
+
+    if stop_strings:
+        kwargs["stop"] = lambda ids: found(tokenizer.decode(ids, skip_special_tokens=True)) is not None
     device = next(model.parameters()).device
     ids, mask = tokenize_prompts(tokenizer, prompts, prefill)
     rollout = generate(model, ids.to(device), mask.to(device), config, seeds.to(device), **kwargs)
     completions = [row[keep].tolist() for row, keep in zip(rollout.completion_ids, rollout.counted, strict=True)]
-    return tokenizer.batch_decode(completions, skip_special_tokens=True), rollout
+    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return [text[: found(text)] for text in texts], rollout
 
 
 def evaluation_fingerprint(
@@ -144,6 +158,7 @@ def evaluate(
     settings: Mapping | None = None,
     machine: Mapping | None = None,
     identity: Mapping | None = None,
+    stop_strings: Sequence[str] = (),
 ) -> dict:
     """Draw completions of each row of `dataset`, score them, and summarise.
 
@@ -163,6 +178,7 @@ def evaluate(
         machine (`dict`, *optional*): further facts for the summary that it does not depend on (the model's path, …).
         identity (`dict`, *optional*): the model's and the tokenizer's, from `model_identity`; None reads every
             parameter once.
+        stop_strings (`Sequence[str]`): each answer ends behind the first of these, see `complete`.
 
     Returns:
         The summary: `solve_rate` (pass@1) with its 95 % interval `low`, `high`, `n` rows, `correct` of `total`
@@ -176,6 +192,8 @@ def evaluate(
     state, folder, start = process_state(), Path(output_dir), time.time()
     score = _parser(task, parser)
     identity = identity or on_main_process(lambda: module_identity(model, tokenizer))
+    if stop_strings:
+        settings = {**(settings or {}), "stop_strings": list(stop_strings)}
     facts = (batch_size, seed, num_samples, parser, prefill, settings, machine)
     asked = evaluation_fingerprint(identity, task, dataset, config, *facts)
     fingerprint = open_evaluation(folder, asked)
@@ -197,7 +215,8 @@ def evaluate(
         rows = [dataset[row] for row, _ in batches[number]]
         keys = torch.tensor(batches[number])
         seeds = hash64(seed, Purpose.EVALUATION, keys[:, 0], keys[:, 1])
-        texts, rollout = complete(model, tokenizer, [row["prompt"] for row in rows], config, seeds, prefill, spec=spec)
+        prompts = [row["prompt"] for row in rows]
+        texts, rollout = complete(model, tokenizer, prompts, config, seeds, prefill, stop_strings, spec=spec)
         lines = []
         for (row, sample), columns, text, steps in zip(batches[number], rows, texts, rollout.num_steps, strict=True):
             record = {"row": row, "sample": sample, "prompt": columns["prompt"], "completion": prefill + text}

@@ -165,6 +165,7 @@ class DiffusionLM(LM):
             counted=torch.ones_like(target),
             view_seed=seed,
             mask_token_id=self.spec.mask_token_id,
+            blocks=self.spec.blocks,
         )
         total, done = 0.0, 0
         while done < self.num_samples:  # rows of a batch are draws of the same text
@@ -175,9 +176,16 @@ class DiffusionLM(LM):
             done += draws
         greedy = False
         if self.find_greedy:
-            config = DiffusionGenerationConfig(len(answer), tokens_per_step=1, temperature=0.0, stop_at_eos=False)
+            length, size = len(answer), self.spec.block_size
+            config = DiffusionGenerationConfig(
+                length if size is None else -(-length // size) * size,
+                block_length=size,
+                tokens_per_step=1,
+                temperature=0.0,
+                stop_at_eos=False,
+            )
             drawn = generate(self.model, ids, torch.ones_like(ids), config, seed, self.spec).completion_ids
-            greedy = bool((drawn == target).all())
+            greedy = bool((drawn[:, :length] == target).all())
         return total / self.num_samples, greedy
 
 

@@ -45,8 +45,8 @@ def hash64(*keys: int | Tensor) -> Tensor:
     device = next((key.device for key in keys if isinstance(key, Tensor)), None)
     state = torch.zeros((), dtype=torch.int64, device=device)
     for key in keys:
-        if not isinstance(key, Tensor):
-            key = torch.tensor(int(key), dtype=torch.int64, device=device)
+        if not isinstance(key, Tensor):  # filled in on the device, which nothing has to be copied to
+            key = torch.full((), int(key), dtype=torch.int64, device=device)
         # The state is mixed between keys, so the order of the keys counts: hash64(1, 2) != hash64(2, 1).
         state = _mix((state ^ _mix(key.to(torch.int64) + _GOLDEN)) + _GOLDEN)
     return state

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .blocks import Blocks
+
 
 _CANVAS_FIELDS = ("completion_ids", "unmask_step", "logps", "counted")
 
@@ -29,7 +31,8 @@ class Rollout:
         mask_token_id (`int`): id of the mask token.
         temperature (`float`): sampling temperature; log-probs of a greedy rollout (0) are taken at 1.
         steps (`int`, *optional*): T of the schedule that drew every row, also those that stopped at their EOS. None:
-            each row took its own number, as with a threshold.
+            each row took its own number, as with a threshold or in a block-causal model.
+        blocks (`Blocks`, *optional*): in which the model was shown the canvas; None: all of it at once.
         num_forwards (`int`): model calls that drew this batch.
         flops (`int`): forward floating-point operations counted for them.
 
@@ -50,6 +53,7 @@ class Rollout:
     flops: int = 0
     support: Tensor | None = None
     steps: int | None = None
+    blocks: Blocks | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "prompt_mask", self.prompt_mask.bool())
@@ -129,6 +133,24 @@ class Rollout:
     def revealed(self) -> Tensor:
         """Positions that were revealed, bool (B, L)."""
         return self.unmask_step >= 0
+
+    def replayed_steps(self) -> tuple[Tensor, Tensor]:
+        """The steps that a likelihood replays: (step of each position, -1 for never; their number T), (B, L) each.
+
+        A row's own, or in a block-causal model those of the position's block: finished blocks never change, so that
+        all blocks can be replayed at once.
+        """
+        if self.blocks is None or not self.blocks.causal:
+            return self.unmask_step, self.scheduled_steps[:, None].expand_as(self.unmask_step)
+        canvas_length = self.unmask_step.shape[1]
+        block = self.blocks.number(self.prompt_mask, canvas_length)[:, self.prompt_mask.shape[1] :]
+        block = block - block[:, :1]
+        first = torch.full_like(self.unmask_step, canvas_length).scatter_reduce(
+            1, block, self.unmask_step.masked_fill(~self.revealed, canvas_length), "amin"
+        )
+        last = torch.full_like(self.unmask_step, -1).scatter_reduce(1, block, self.unmask_step, "amax")
+        first, last = first.gather(1, block), last.gather(1, block)
+        return (self.unmask_step - first).masked_fill(~self.revealed, -1), (last - first + 1).clamp(min=0)
 
     def _tensors(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 import yaml
-from test_blocks import blocks, commands
+from test_code_blocks import blocks, commands
 
 from trl_dllm import cli
 from trl_dllm.reports import dry_run

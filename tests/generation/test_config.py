@@ -26,12 +26,14 @@ DEFAULTS = {
     "stop_at_eos": True,
     "decoding": "denoising",
     "cache": None,
+    "future_blocks": "masked",
     "cfg_scale": 0.0,
 }
 CHOICES = {
     "remasking": {"low_confidence", "margin", "entropy", "random", "left_to_right"},
     "decoding": {"denoising", "any_order"},
     "cache": {"exact", "prefix", "dual"},
+    "future_blocks": {"masked", "absent"},
 }
 REQUIRED = {
     "generate": ["--model_name_or_path", "model", "--prompt", "1="],
@@ -73,6 +75,7 @@ VALUES = [
     {"block_length": 4, "tokens_per_step": 1, "confidence_threshold": 0.5, "decoding": "any_order", "cache": "exact"},
     {"cfg_scale": 1.5},
     {"cache": "dual"},
+    {"future_blocks": "absent"},
 ]
 
 
@@ -226,7 +229,7 @@ def test_a_config_may_be_changed():
     ("settings", "match"),
     [
         ({"decoding": "any"}, r"decoding='any' is unknown.*any_order.*denoising"),
-        ({"cache": "exact"}, r"cache='exact' is not available for decoding='denoising'"),
+        ({"cache": "slots"}, r"cache='slots' is not available for decoding='denoising'"),
         ({"decoding": "any_order", "cache": "prefix"}, r"cache='prefix'.*decoding='any_order'.*exact"),
         ({"decoding": "any_order", "cfg_scale": 0.5}, r"cfg_scale=0.5 needs decoding='denoising'"),
     ],

@@ -7,10 +7,11 @@ from fractions import Fraction
 import pytest
 import torch
 from cases import PROMPTS, REMASKING
+from hypothesis import assume, given, settings, strategies
 from oracles import chi_square_p, left_pad, sharp_model
 
-from trl_dllm.generation import DiffusionGenerationConfig, generate
-from trl_dllm.generation.order import choose, draw_tokens, measure
+from trl_dllm.generation import DiffusionGenerationConfig, generate, order
+from trl_dllm.generation.order import choose, draw_tokens, measure, which
 from trl_dllm.models import log_probs
 from trl_dllm.noise import uniform
 
@@ -62,6 +63,57 @@ def test_a_diffuse_tail_is_drawn_exactly():
     tail = tokens[(tokens != 7) & (tokens != 90_000)]
     thirds = torch.bincount(tail * 3 // vocab, minlength=3)
     assert chi_square_p(thirds, torch.full((3,), len(tail) / 3)) > 1e-3
+
+
+LAST = 1 - 2.0**-53  # the largest uniform
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    weights=strategies.lists(strategies.sampled_from([0.0, 1e-300, 1e-9, 0.1, 1.0, 7.0]), min_size=1, max_size=40),
+    draw=strategies.one_of(strategies.sampled_from([0.0, LAST]), strategies.floats(0, LAST)),
+    size=strategies.integers(1, 9),
+)
+def test_a_draw_in_blocks_is_the_one_of_the_whole_sum(weights, draw, size):
+    """In exact arithmetic the first token whose cumulative probability is above the point; rounding decides at edges."""
+    assume(any(weights))
+    log_p = torch.tensor([weights], dtype=torch.float64).log().clamp(min=torch.finfo(torch.float32).min / 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "_BLOCK", size)
+        token = int(draw_tokens(log_p, torch.tensor([draw], dtype=torch.float64)))
+    assert weights[token] > 0
+    edges = list(itertools.accumulate(Fraction(p) for p in log_p.exp()[0].tolist()))
+    point = Fraction(draw) * edges[-1]
+    if all(abs(point - edge) > edges[-1] * Fraction(1, 10**14) for edge in edges):
+        assert token == next(number for number, edge in enumerate(edges) if edge > point)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 511, 512, 513, 1024, 32_768, 126_464])
+def test_many_draws_are_those_of_a_cumulative_sum_in_float64(vocab):
+    """More rows than are in float64 at a time, every one from a distribution of its own."""
+    generator = torch.Generator().manual_seed(vocab)
+    rows = 40 if vocab > 2000 else 400
+    log_p = log_probs(4 * torch.randn(rows, vocab + 1, generator=generator), mask_token_id=vocab // 2)
+    draws = uniform(5, torch.arange(rows))
+    draws[:2] = torch.tensor([0.0, LAST], dtype=torch.float64)
+    cumulative = log_p.double().exp().cumsum(dim=1)
+    expected = [int((line <= draw * line[-1]).sum()) for line, draw in zip(cumulative, draws, strict=True)]
+    expected[1] = int((cumulative[1] < cumulative[1, -1]).sum())  # the last token that has any probability
+    assert draw_tokens(log_p, draws).tolist() == expected
+    assert vocab // 2 not in expected
+
+
+@pytest.mark.parametrize("token", [0, 511, 512, 1023, 1024, 1299])
+def test_all_probability_on_one_token(token):
+    logits = torch.full((3, 1300), -torch.inf)
+    logits[:, token] = 0
+    assert draw_tokens(logits, torch.tensor([0.0, 0.5, LAST], dtype=torch.float64)).tolist() == [token] * 3
+
+
+def test_which_entries_are_true():
+    mask = torch.tensor([False, True, False, False, True, True])
+    assert which(mask, 3).tolist() == [1, 4, 5] and which(~mask, 3).tolist() == [0, 2, 3]
+    assert which(mask[:1], 0).tolist() == []
 
 
 # -------------------------------------------------------------------------------------------------- which are revealed

@@ -218,7 +218,9 @@ def record_draws(monkeypatch, *modules) -> dict[str, set[float]]:
 def test_prompt_perturbation_never_shares_draws_with_the_sampler(models, monkeypatch):
     """docs/methods.md §2.6, `Purpose`: iteration 2 of the prompt draws must not be step 4 of the token draws."""
     seen = record_draws(monkeypatch, trl_dllm.generation.denoising, trl_dllm.likelihood.view)
-    rollout = sample(models("llada"), seeds=hash64(0, torch.arange(4)), block_length=12, diffusion_steps=12)
+    rollout = sample(
+        models("llada"), seeds=hash64(0, torch.arange(4)), block_length=12, diffusion_steps=12, remasking="random"
+    )
     for iteration in range(8):
         perturb_prompt(rollout, 0.5, rollout.view_seed, iteration)
     sampler, prompt = seen["trl_dllm.generation.denoising"], seen["trl_dllm.likelihood.view"]

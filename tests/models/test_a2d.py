@@ -99,10 +99,14 @@ def test_the_mask_token_is_the_tokenizers(checkpoint):
     ("name", "block_size"),
     [("Qwen3-0.6B-diffusion-bd3lm-v0.1", 32), ("opdlm-4b", 4), ("Qwen3-0.6B-diffusion-mdlm-v0.1", None)],
 )
-def test_a_block_causal_one_is_told_by_its_name_and_refused(tmp_path, name, block_size):
+def test_a_block_causal_one_is_told_by_its_name_and_trained_in_its_blocks(tmp_path, name, block_size):
     model_class, more, parts = CASES["qwen3"]
     folder = tmp_path / name
-    write_checkpoint(folder, {**COMMON, **more, "model_type": "a2d-qwen3"}, stock_shapes([parts] * 2))
+    write_checkpoint(
+        folder,
+        {**COMMON, **more, "architectures": [model_class.__name__], "model_type": "a2d-qwen3"},
+        stock_shapes([parts] * 2),
+    )
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model) is model_class and model.config.block_size == block_size
     spec = MaskedDiffusionSpec.from_model(model, AutoTokenizer.from_pretrained(folder))
@@ -112,8 +116,7 @@ def test_a_block_causal_one_is_told_by_its_name_and_refused(tmp_path, name, bloc
     if block_size is None:
         assert generate(model, ids, mask, config, spec=spec).revealed.all()
         return
-    with pytest.raises(ValueError, match=f"block_size={block_size}.*if this checkpoint has it, set config.block_size"):
-        generate(model, ids, mask, config, spec=spec)
+    check_training(folder)
     model.save_pretrained(tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere" / "config.json").read_text())["block_size"] == block_size
 

@@ -1,5 +1,7 @@
 """Attention patterns: the rule against loops, and every backend's form against a dense mask."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import rollout_for_tests
@@ -19,20 +21,28 @@ def random_pattern(rows=3, size=10, seed=0):
 
 def slow_rule(attention: Attention) -> list:
     rows, size = attention.level.shape
+    segment = torch.zeros_like(attention.level) if attention.segment is None else attention.segment
     out = []
     for b in range(rows):
         table = []
         for q in range(size):
             level = 0 if attention.reach is None else attention.reach[b, q].item()
-            table.append([attention.level[b, k].item() <= level or q == k for k in range(size)])
+            own = [0, segment[b, q].item()]
+            table.append(
+                [(attention.level[b, k].item() <= level and segment[b, k] in own) or q == k for k in range(size)]
+            )
         out.append(table)
     return out
 
 
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_rule_equals_loops(seed):
-    """Row q sees column k iff key[k] <= query[q], or q is k."""
+def test_rule_equals_loops(seed, segments):
+    """Row q sees column k iff level[k] <= reach[q] and segment[k] is 0 or its own, or q is k."""
     attention = random_pattern(seed=seed)
+    if segments:
+        generator = torch.Generator().manual_seed(seed)
+        attention = replace(attention, segment=torch.randint(0, 4, attention.level.shape, generator=generator))
     assert attention.allowed().tolist() == slow_rule(attention)
     assert attention[1:].allowed().tolist() == slow_rule(attention)[1:]
 
@@ -131,9 +141,11 @@ def dense_reference(model, ids, positions, allowed):
     return torch.cat(out)
 
 
-def check_backend(models, family, implementation, size=10):
+def check_backend(models, family, implementation, size=10, segments=False):
     attention = random_pattern(size=size)
     generator = torch.Generator().manual_seed(7)
+    if segments:
+        attention = replace(attention, segment=torch.randint(0, 3, attention.level.shape, generator=generator))
     ids = torch.randint(4, 101, attention.level.shape, generator=generator)
     positions = torch.randint(0, size // 2, attention.level.shape, generator=generator)  # repeated, in no order
     with torch.no_grad():
@@ -148,15 +160,17 @@ def check_backend(models, family, implementation, size=10):
     assert (full - want).abs().max() > 0.1, "the pattern should matter"
 
 
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_backend_equals_dense_reference(models, family, implementation):
-    check_backend(models, family, implementation)
+def test_backend_equals_dense_reference(models, family, implementation, segments):
+    check_backend(models, family, implementation, segments=segments)
 
 
 @pytest.mark.slow
-def test_flex_attention_equals_dense_reference(models):
+@pytest.mark.parametrize("segments", [False, True])
+def test_flex_attention_equals_dense_reference(models, segments):
     """Forward only: flex_attention has no backward on a CPU. Slow: it compiles for about 40 seconds."""
-    check_backend(models, "llada", "flex_attention")
+    check_backend(models, "llada", "flex_attention", segments=segments)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

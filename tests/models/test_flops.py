@@ -255,7 +255,7 @@ def test_decoding_of_every_kind(decoding, trained):
 
 def test_llada_8b_with_lora():
     """One forward of 6 rows of 200 + 256 tokens, the head at a block of 32 each, and the update: by torch's counter on
-    fake tensors 4.088e13 and, with checkpointing, 1.254e14."""
+    fake tensors 4.088e13 and, with checkpointing, 1.252e14."""
     with torch.device("meta"):
         model = LLaDAModelLM(LLaDAConfig())
         assert backbone_parameters(model) == 8_015_581_184
@@ -265,7 +265,7 @@ def test_llada_8b_with_lora():
     assert count(6, 456, 456, 6 * 32) == pytest.approx(4.088e13, rel=1e-4)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    assert count.view(6, 456, 6 * 32, training=True) == pytest.approx(1.254e14, rel=1e-3)
+    assert count.view(6, 456, 6 * 32, training=True) == pytest.approx(1.252e14, rel=1e-3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

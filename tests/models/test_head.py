@@ -8,7 +8,8 @@ from oracles import sharp_model, token_distribution
 from torch import nn
 
 from trl_dllm.models import TILE_ROWS, apply_head, entropy, hidden_rows, hidden_rows_and_head, log_probs, unwrap
-from trl_dllm.models.head import in_tiles
+from trl_dllm.models import head as head_module
+from trl_dllm.models.head import in_tiles, kept_rows
 
 
 MASK = 3
@@ -205,7 +206,7 @@ def test_same_row_has_the_same_bits_in_every_batch(dtype):
 
 
 def test_tiles_are_of_few_sizes():
-    """What `reduce` sees is 16, 32 or 64 rows, by what the call wants, with its arguments padded alike."""
+    """What `reduce` sees is a multiple of 8 rows up to 64, by what the call wants, with its arguments padded alike."""
     seen = []
 
     def reduce(logits, target):
@@ -213,7 +214,7 @@ def test_tiles_are_of_few_sizes():
         return logits[:, :1]
 
     model = Lookup(torch.randn(1, 200, 8))
-    sizes = {0: [16], 1: [16], 16: [16], 17: [32], 32: [32], 33: [64], 64: [64], 65: [64] * 2, 200: [64] * 4}
+    sizes = {0: [8], 1: [8], 8: [8], 9: [16], 17: [24], 33: [40], 64: [64], 65: [40] * 2, 130: [48] * 3, 200: [56] * 4}
     for count, tiles in sizes.items():
         seen.clear()
         rows = torch.arange(count)
@@ -222,19 +223,69 @@ def test_tiles_are_of_few_sizes():
         assert seen == [(size, size) for size in tiles] and in_tiles(count) == sum(tiles)
 
 
-def test_tiles_are_recomputed_in_the_backward_pass():
-    """So that no tile's logits are kept for it: they are larger than everything else."""
-    calls = []
+@pytest.mark.parametrize(("keep", "kept"), [(True, 0), (True, 1), (True, 2), (True, 3), (False, 0)])
+def test_tiles_beyond_the_budget_are_recomputed_in_the_backward_pass(monkeypatch, keep, kept):
+    """To the same bits; those that are kept are not."""
+    rows, calls = torch.arange(2 * TILE_ROWS + 1), []
+    tile = 48 * 509 * 4 * 2
+    monkeypatch.setattr(head_module, "KEPT_BYTES", (kept if keep else 3) * tile + tile - 1)
 
     def reduce(logits):
         calls.append(torch.is_grad_enabled())
-        return logits.logsumexp(dim=1, keepdim=True)
+        return gather_log_prob(logits, torch.zeros(len(logits), dtype=torch.int64))
 
-    model, rows = Lookup(torch.randn(1, 200, 8)), torch.arange(TILE_ROWS + 1)
-    out = apply_head(model, {}, rows, reduce)
-    assert len(calls) == 2
-    out.sum().backward()
-    assert len(calls) == 4 and all(calls[2:]) and model.hidden.grad[0, rows].ne(0).all()
+    def gradients():
+        model = Lookup(torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(0)))
+        out = apply_head(model, {}, rows, reduce, keep=keep)
+        assert len(calls) == 3
+        out.sum().backward()
+        return out, model.hidden.grad, model.head.weight.grad
+
+    found = gradients()
+    assert len(calls) == 6 - kept and all(calls) and found[1][0, rows].ne(0).all()
+    calls.clear()
+    monkeypatch.setattr(head_module, "KEPT_BYTES", 0)
+    assert all(map(torch.equal, found, gradients())) and len(calls) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("differentiable", [False, True], ids=["log-probs", "entropies"])
+def test_what_is_kept_for_the_backward_pass_fits_the_budget(monkeypatch, dtype, differentiable):
+    """Bytes of the storages that autograd holds behind the forward, without the head's weights and hidden states."""
+    vocab, rows = 2003, torch.arange(200)
+    model, target = Lookup(torch.randn(1, 200, 8), vocab, dtype), torch.arange(200)
+
+    def reduce(logits, target):
+        log_p = log_probs(logits, MASK, 0.8)
+        return torch.stack(
+            [log_p.gather(1, target[:, None])[:, 0], entropy(log_p if differentiable else log_p.detach())], dim=1
+        )
+
+    def held(budget: int) -> int:
+        storages, found = {}, [model.hidden.untyped_storage(), model.head.weight.untyped_storage()]
+        monkeypatch.setattr(head_module, "KEPT_BYTES", budget)
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            found.append(tensor)  # its address is nobody else's meanwhile
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            apply_head(model, {}, rows, reduce, target)
+        return sum(size for at, size in storages.items() if at not in [s.data_ptr() for s in found[:2]])
+
+    item = max(dtype.itemsize, 4)
+    small = held(0)
+    assert small < 200 * 8 * item * 8, "tiles that are computed again leave their arguments alone"
+    for tiles in (1, 3, 4):
+        budget = tiles * 56 * vocab * item * 2
+        assert (tiles - 1) / 4 * 56 * 4 * vocab * item < held(budget + 100) - small <= budget + tiles * 8 * 1024
+    assert kept_rows(200, vocab, dtype) == 224
+
+
+def test_the_budget_at_the_vocabulary_of_llada():
+    assert kept_rows(6 * 32, 126_464, torch.bfloat16) == 192 and kept_rows(1152, 126_464, torch.bfloat16) == 256
+    assert kept_rows(6 * 32, 126_464, torch.float64) == 128 and kept_rows(0, 126_464, torch.float32) == 8
 
 
 def test_forward_is_restored_after_the_call_and_after_an_error():

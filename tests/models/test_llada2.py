@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cases import IDS, sample
+from cases import IDS
 from helpers_families import (
     LINEAR,
     NORMS,
@@ -12,6 +12,7 @@ from helpers_families import (
     VOCAB,
     check_adapter_and_merge,
     check_loading,
+    check_training,
     experts,
     logits,
     mixture,
@@ -21,7 +22,6 @@ from helpers_families import (
 )
 from transformers import AutoConfig
 
-from trl_dllm.models import create_tiny_model
 from trl_dllm.models.llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 
 
@@ -178,6 +178,6 @@ def test_another_structure_is_refused(tmp_path, name, value):
         AutoConfig.from_pretrained(tmp_path)
 
 
-def test_plain_decoding_is_refused():
-    with pytest.raises(ValueError, match=r"decoding='denoising' does not apply to a block-causal model yet.*32"):
-        sample(create_tiny_model("llada2", 16, 2)[0])
+def test_it_is_trained_in_its_own_blocks(tmp_path):
+    write_checkpoint(tmp_path, {**CONFIG, "block_size": 4}, SHAPES)
+    check_training(tmp_path)

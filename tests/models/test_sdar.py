@@ -1,10 +1,10 @@
-"""SDAR: Qwen3's keys and Qwen3-MoE's; they load, and are refused where blocks are not followed."""
+"""SDAR: Qwen3's keys and Qwen3-MoE's; they load, and are trained in their own blocks."""
 
 import json
 
 import pytest
 import torch
-from cases import IDS, rollout_for_tests, sample
+from cases import IDS
 from datasets import Dataset
 from helpers_families import (
     ATTENTION,
@@ -15,6 +15,7 @@ from helpers_families import (
     TOKENS,
     check_adapter_and_merge,
     check_loading,
+    check_training,
     dense_mlp,
     experts,
     logits,
@@ -26,7 +27,7 @@ from helpers_families import (
 from transformers import AutoConfig
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
-from trl_dllm.likelihood import StepMerge, token_logps
+from trl_dllm.blocks import Blocks
 from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
 from trl_dllm.models.sdar import SDARConfig, SDARForCausalLM, SDARMoeConfig, SDARMoeForCausalLM
 
@@ -124,22 +125,45 @@ def test_a_block_size_in_the_name_alone_is_warned_of(tmp_path):
     assert AutoConfig.from_pretrained(folder).block_size == 16
 
 
-def test_what_does_not_follow_blocks_is_refused_with_the_reason(tmp_path):
-    """Decoding, likelihoods and the trainers say so, the trainers before any weight is loaded."""
-    model, tokenizer = create_tiny_model("sdar", 16, 1)
-    assert MaskedDiffusionSpec.from_model(model, tokenizer) == MaskedDiffusionSpec(3, 0, 4)
-    reason = "does not apply to a block-causal model yet, and this one has block_size=4.*config.block_size = None"
-    for decoding in ("denoising", "any_order"):
-        with pytest.raises(ValueError, match=f"decoding='{decoding}' {reason}"):
-            sample(model, decoding=decoding)
-    with pytest.raises(ValueError, match=f"StepMerge {reason}"):
-        token_logps(model, rollout_for_tests(), StepMerge(2))
+def test_it_is_trained_in_its_own_blocks(tmp_path):
+    write_checkpoint(tmp_path, CONFIG, stock_shapes([DENSE | QK_NORMS] * 2))
+    check_training(tmp_path)
+
+
+def test_a_mixture_is_trained_in_its_own_blocks(tmp_path):
+    write_checkpoint(tmp_path, MOE, stock_shapes([MOE_PARTS] * 2))
+    check_training(tmp_path)
+
+
+def test_a_user_may_say_other_blocks(tmp_path):
+    write_checkpoint(tmp_path, CONFIG, stock_shapes([DENSE | QK_NORMS] * 2))
+    model = SDARForCausalLM.from_pretrained(tmp_path, block_size=8, block_alignment="canvas")
+    spec = MaskedDiffusionSpec.from_model(model)
+    assert spec == MaskedDiffusionSpec(3, 0, 8, "canvas") and spec.blocks == Blocks(8, "canvas")
+    model.save_pretrained(tmp_path / "saved")
+    assert MaskedDiffusionSpec.from_config(AutoConfig.from_pretrained(tmp_path / "saved")) == spec
+
+
+def test_what_does_not_follow_blocks_is_refused_before_any_weight_is_loaded(tmp_path):
+    _, tokenizer = create_tiny_model("sdar", 16, 1)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     tokenizer.save_pretrained(tmp_path)
     data = Dataset.from_dict({"prompt": ["a"] * 4, "completion": ["b"] * 4})
     common = {"use_cpu": True, "bf16": False, "report_to": "none"}
-    with pytest.raises(ValueError, match=f"objective='masked_diffusion' {reason}"):
-        DiffusionSFTTrainer(str(tmp_path), DiffusionSFTConfig(str(tmp_path), **common), train_dataset=data)
-    config = DiffusionGRPOConfig(str(tmp_path), max_completion_length=8, **common)
-    with pytest.raises(ValueError, match=f"StepMerge {reason}"):
+
+    def grpo(**settings):
+        config = DiffusionGRPOConfig(
+            str(tmp_path), **{"max_completion_length": 8, "block_length": 4, **settings}, **common
+        )
         DiffusionGRPOTrainer(str(tmp_path), lambda completions, **kwargs: [0.0], config, train_dataset=data)
+
+    reason = "does not apply to a block-causal model, and this one has block_size=4"
+    with pytest.raises(ValueError, match=f"objective='any_order' {reason}.*Set objective='masked_diffusion'"):
+        config = DiffusionSFTConfig(str(tmp_path), objective="any_order", **common)
+        DiffusionSFTTrainer(str(tmp_path), config, train_dataset=data)
+    with pytest.raises(ValueError, match=f"AnyOrder {reason}.*Use exact_trajectory or step_merge"):
+        grpo(estimator="any_order")
+    with pytest.raises(ValueError, match=r"block_length=4, and the model .* with block_size=8: .*Set block_length=8"):
+        grpo(model_init_kwargs={"block_size": 8})
+    with pytest.raises(ValueError, match=r"block_length=8, and the model is block-causal .*Set block_length=4"):
+        grpo(block_length=8)

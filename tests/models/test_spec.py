@@ -104,7 +104,7 @@ def test_shifted_families_are_refused_with_the_reason(models, tmp_path):
         with pytest.raises(ValueError, match=f"{type(estimator).__name__} does not apply.*{reason}"):
             token_logps(model, rollout, estimator)
     for cache in CACHES:
-        with pytest.raises(ValueError, match=f"any-order decoding does not apply.*{reason}"):
+        with pytest.raises(ValueError, match=f"decoding='any_order' does not apply.*{reason}"):
             sample_any_order(model, cache)
     tiny, tokenizer = create_tiny_model("dream", 16, 1)
     data = Dataset.from_dict({"prompt": ["a"] * 4, "completion": ["b"] * 4})

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_dllm import cli
 from trl_dllm.generation import DiffusionGenerationConfig, generate
 from trl_dllm.likelihood import AnyOrder, Elbo, ExactTrajectory, MeanField, PseudoLikelihood, StepMerge, token_logps
-from trl_dllm.models import TILE_ROWS, create_tiny_model
+from trl_dllm.models import TILE_ROWS, MaskedDiffusionSpec, create_tiny_model
 from trl_dllm.noise import hash64
 from trl_dllm.reports.likelihood import default_estimators, likelihood_report
 
@@ -108,7 +108,7 @@ def test_any_order_decoding_is_compared_with_its_own_conditionals(models):
     ids, mask = torch.tensor([[5, 6, 7], [9, 8, 20]]), torch.ones(2, 3).bool()
     config = DiffusionGenerationConfig(max_new_tokens=8, block_length=8, diffusion_steps=4, decoding="any_order")
     rollout = generate(model, ids, mask, config, hash64(1, torch.arange(2)))
-    chosen = default_estimators(rollout)
+    chosen = default_estimators(rollout, MaskedDiffusionSpec(MASK))
     lines = {line.name: line for line in likelihood_report(model, rollout, chosen, exact=AnyOrder())}
     assert abs(lines["PKL-T = AnyOrder"].kl) < 1e-9 and lines["exact trajectory"].kl > 1e-3
     assert lines["PKL-T = AnyOrder"].logp == pytest.approx(rollout.logps[rollout.counted].mean().item(), abs=1e-5)
@@ -116,7 +116,11 @@ def test_any_order_decoding_is_compared_with_its_own_conditionals(models):
 
 def test_shifted_families_are_reported_without_what_they_have_no_row_for(models):
     rollout = random_rollout(MASK, VOCAB, 3)
-    assert len(default_estimators(rollout, 0)) - len(default_estimators(rollout, 1)) == 3
+    assert (
+        len(default_estimators(rollout, MaskedDiffusionSpec(MASK)))
+        - len(default_estimators(rollout, MaskedDiffusionSpec(MASK, 1)))
+        == 3
+    )
     lines = likelihood_report(models("dream"), rollout)
     assert all(math.isfinite(line.kl) and line.kl >= -1e-9 for line in lines)
 

@@ -147,7 +147,7 @@ def history(trainer) -> list[dict]:
 
 def as_rollout(trainer, inputs) -> Rollout:
     """The rollout of a micro-batch, as TRL's buffer carries it."""
-    return from_batch(inputs, trainer.spec.mask_token_id, trainer.args.temperature)
+    return from_batch(inputs, trainer.sampling.facts(trainer.spec) | {"steps": None})
 
 
 class OneGraphTrainer(DiffusionGRPOTrainer):

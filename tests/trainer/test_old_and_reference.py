@@ -164,7 +164,7 @@ def test_the_entropy_is_that_of_the_rows_that_are_run(tmp_path):
     assert skipped.any() and not skipped.all()
     total, count = 0.0, 0
     for batch in batches:
-        rollout = grpo_trainer.from_batch(batch, trainer.spec.mask_token_id, 1.0, trainer.sampling.fixed_steps)
+        rollout = grpo_trainer.from_batch(batch, trainer.sampling.facts(trainer.spec))
         plan = Plan(trainer.estimator, rollout, 0, 4)
         with torch.no_grad():
             entropies = sum(

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig
 
 from trl_dllm import DiffusionSFTConfig, DiffusionSFTTrainer
+from trl_dllm.blocks import Blocks
 from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
 from trl_dllm.noise import Purpose, hash64, row_seeds, uniform
 from trl_dllm.trainer import sft_trainer
@@ -100,9 +101,17 @@ def oracle(model, batch, seeds, spec, eps, loss_weight):
                 masked.append(i)
                 noised[i] = spec.mask_token_id
         assert masked
-        logits = model(noised[None]).logits[0]
         weight = (1 - (1 - t) ** len(answer)) / t if loss_weight == "1/t" else 1.0
         for i in masked:
+            if spec.blocks is None:
+                logits = model(noised[None]).logits[0]
+            else:  # the token's block in the noised row, behind clean ones, by a mask of all pairs
+                size, prompt = spec.block_size, answer[0]
+                start = prompt if spec.block_alignment == "canvas" else 0
+                block = [(p - start) // size for p in range(length)]
+                shown = torch.tensor([int(noised[p] if block[p] == block[i] else ids[p]) for p in range(length)])
+                allowed = torch.tensor([[[[k <= q for k in block] for q in block]]])
+                logits = model(shown[None], attention_mask=allowed).logits[0]
             row = logits[i - spec.logits_shift].clone()
             row[spec.mask_token_id] = -math.inf
             total = total - weight / len(answer) * row.log_softmax(dim=0)[ids[i]]
@@ -110,10 +119,13 @@ def oracle(model, batch, seeds, spec, eps, loss_weight):
 
 
 @pytest.mark.parametrize("loss_weight", ["1/t", "none"])
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "sdar position", "sdar canvas"])
 def test_loss_and_gradient_equal_a_slow_oracle(family, loss_weight, tmp_path):
+    family, *alignment = family.split()
     model, _ = tiny(family)
     model = model.double()
+    if alignment:
+        model.config.block_alignment = alignment[0]
     run = trainer(tmp_path, model, loss_weight=loss_weight, mask_eps=0.2, canvas_length=6)
     batch = run.data_collator(list(run.train_dataset))
     assert len({int(n) for n in batch["attention_mask"].sum(dim=1)}) > 3
@@ -229,6 +241,23 @@ def test_answers_are_filled_with_eos_which_is_a_target(canvas, block, answer, ex
     assert batch["input_ids"][0, :used].tolist() == [9] * 3 + expected
     assert batch["labels"][0].tolist() == [-100] * 3 + expected + [-100] * (batch["labels"].shape[1] - used)
     assert batch["attention_mask"][0].tolist() == [1] * used + [0] * (batch["labels"].shape[1] - used)
+
+
+@pytest.mark.parametrize(
+    ("alignment", "canvas", "answer", "filled"),
+    [
+        ("position", None, [5, EOS], 5),  # behind three prompt tokens, up to position 8
+        ("position", None, [5, 6, 7, 8, EOS], 5),
+        ("position", 6, [5, EOS], 9),
+        ("canvas", None, [5, EOS], 4),
+        ("canvas", 6, [5, EOS], 8),
+    ],
+)
+def test_answers_of_a_block_causal_model_are_filled_to_the_end_of_a_block(alignment, canvas, answer, filled):
+    """What is decoded is whole blocks, so that masks behind an EOS are seen in training too."""
+    collator = AnswerCollator(pad_token_id=0, eos_token_id=EOS, canvas_length=canvas, blocks=Blocks(4, alignment))
+    batch = collator([{"input_ids": [9] * 3 + answer, "labels": [-100] * 3 + answer}])
+    assert batch["labels"][0].tolist() == [-100] * 3 + answer + [EOS] * (filled - len(answer))
 
 
 def test_an_answer_cut_by_max_length_gets_no_eos(tmp_path):

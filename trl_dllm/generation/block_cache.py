@@ -27,14 +27,25 @@ class BlockCachedDenoising(CachedDecoding):
     that they draw changes.
     """
 
-    def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec):
-        super().__init__(model, prompt_ids, prompt_mask, config, seeds, spec)
-        self.cache: BlockCache = BlockCache(len(prompt_ids))
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cache: BlockCache = BlockCache(min(self.limit, len(self.left)))
+        self.place: dict[int, int] = {}  # of each row that is decoded, in the cache
 
-    def next_rows(self) -> Tensor:
+    def next_rows(self) -> list[int]:
         active = super().next_rows()
-        begins = self.taken_in_block[active] == 0
-        return active[begins] if begins.any() else active
+        return [row for row in active if self._begins(row)] or active
+
+    def _begins(self, row: int) -> bool:
+        return self.left[row] % self.config.block_length == 0
+
+    def admit(self) -> None:
+        super().admit()
+        self.place = {row: place for row, place in self.place.items() if row in self.active}
+        free = iter(sorted(set(range(self.cache.num_rows)) - set(self.place.values())))
+        for row in self.active:
+            if row not in self.place:
+                self.place[row] = next(free)
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce: Callable, *args: Tensor) -> Tensor:
         """Run the columns that are not kept, and reduce the logits that predict each (rows[row], position), (n, C)."""
@@ -43,13 +54,17 @@ class BlockCachedDenoising(CachedDecoding):
         ids = torch.cat([self.prompt_ids[rows], self.tokens[rows]], dim=1)
         level = torch.zeros_like(ids).masked_fill(~self.valid[rows], NEVER)
         everything = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        begins = bool((self.taken_in_block[rows] == 0).all())
+        begins = all(map(self._begins, self.running))
+        longest = ids.shape[1]
         start, end = torch.zeros_like(ids[:, :1]), torch.full_like(ids[:, :1], ids.shape[1])
         if not begins:
             # In shifted families the row before the block predicts its first position.
             start = prompt + self.block[rows, None] * config.block_length - shift
-            end = start + shift + config.block_length if config.cache == "dual" else end
-        column = start + torch.arange(int((end - start).max()), device=ids.device)
+            blocks = -(-max(self.left[number] for number in self.running) // config.block_length)
+            if config.cache == "dual":
+                blocks, end = 1, start + shift + config.block_length
+            longest = shift + blocks * config.block_length
+        column = start + torch.arange(longest, device=ids.device)
         beyond = column >= end  # a row that is further on has fewer columns behind it
         column = column.masked_fill(beyond, 0)
         run = level.gather(1, column).masked_fill(beyond, NEVER)
@@ -58,7 +73,7 @@ class BlockCachedDenoising(CachedDecoding):
         if not begins:
             kept = level.masked_fill((everything >= start) & (everything < end), NEVER)
             pattern = Attention(torch.cat([kept, run], dim=1), reach, ids.shape[1] + everything[:, : column.shape[1]])
-        self.cache.start(rows, keep=begins)
+        self.cache.start(self.on_device([self.place[number] for number in self.running]), keep=begins)
         place = prompt + position - shift - start[row, 0]
         return self._run(
             ids.gather(1, column),

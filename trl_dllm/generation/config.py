@@ -1,14 +1,17 @@
 """How a canvas is decoded. Each setting is declared here once, for the sampler, the trainer and the command line."""
 
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from typing import Any
 
+from ..blocks import Blocks
 from ..fields import check_fields, check_kind, document_fields
+from ..models.spec import MaskedDiffusionSpec, check_full_attention, check_unshifted
 from .order import MEASURES, VALUE_INDEPENDENT
 
 
 # decoding -> the key/value caches that it has.
 APPROXIMATE_CACHES = ("prefix", "dual")
-CACHES = {"denoising": (None, *APPROXIMATE_CACHES), "any_order": (None, "exact")}
+CACHES = {"denoising": (None, "exact", *APPROXIMATE_CACHES), "any_order": (None, "exact")}
 
 
 @document_fields()
@@ -91,10 +94,20 @@ class DecodingArguments:
     cache: str | None = field(
         default=None,
         metadata={
-            "help": "Key/value cache of the sampler: 'exact', for any-order decoding; 'prefix' or 'dual' (Fast-dLLM), "
-            "which are approximate: within a block the keys and values of what stands before it, and under 'dual' of "
-            "what follows too, stay those of its first step. None recomputes everything.",
+            "help": "Key/value cache of the sampler: 'exact', for any-order decoding and block-causal models; "
+            "'prefix' or 'dual' (Fast-dLLM), which are approximate: within a block the keys and values of what stands "
+            "before it, and under 'dual' of what follows too, stay those of its first step. None recomputes "
+            "everything.",
             "choices": sorted({cache for caches in CACHES.values() for cache in caches if cache}),
+        },
+    )
+    future_blocks: str = field(
+        default="masked",
+        metadata={
+            "help": "What a bidirectional model is shown of the blocks behind the current one: 'masked', the whole "
+            "canvas, or 'absent', a canvas that grows block by block (iLLaDA). A block-causal model sees none of "
+            "them.",
+            "choices": ["masked", "absent"],
         },
     )
     cfg_scale: float = field(
@@ -130,9 +143,14 @@ class DecodingArguments:
             )
         if self.cfg_scale and self.decoding != "denoising":
             raise ValueError(f"cfg_scale={self.cfg_scale} needs decoding='denoising'; set it to 0.")
-        if self.cfg_scale and self.approximate_cache:
+        if self.cfg_scale and self.cache is not None:
             raise ValueError(
                 f"cfg_scale={self.cfg_scale} needs cache=None, got {self.cache!r}; set one of them to it."
+            )
+        if self.future_blocks == "absent" and (self.decoding != "denoising" or self.approximate_cache):
+            raise ValueError(
+                f"future_blocks='absent' needs decoding='denoising' and no approximate cache, got decoding="
+                f"{self.decoding!r} and cache={self.cache!r}; set future_blocks='masked'."
             )
         if self.cfg_scale < 0:
             raise ValueError(f"cfg_scale={self.cfg_scale} must not be negative (0 turns guidance off).")
@@ -227,6 +245,42 @@ class DiffusionGenerationConfig(DecodingArguments):
     def fixed_steps(self) -> int | None:
         """T, where the schedule fixes it; None under a threshold."""
         return self.diffusion_steps if self.confidence_threshold is None else None
+
+    def blocks(self, spec: MaskedDiffusionSpec) -> Blocks | None:
+        """The blocks in which a model is shown the canvas, None where it sees all of it at once."""
+        if spec.blocks is None and self.future_blocks == "absent":
+            assert self.block_length is not None
+            return Blocks(self.block_length, "canvas", causal=False)
+        return spec.blocks
+
+    def facts(self, spec: MaskedDiffusionSpec) -> dict[str, Any]:
+        """What a `Rollout` says of its sampler, by field."""
+        return {
+            "mask_token_id": spec.mask_token_id,
+            "temperature": self.temperature,
+            # Blocks that prompts reach into are smaller, and take fewer steps.
+            "steps": self.fixed_steps if spec.blocks is None else None,
+            "blocks": self.blocks(spec),
+        }
+
+    def check_model(self, spec: MaskedDiffusionSpec) -> None:
+        """Raise ValueError where a model cannot be decoded so."""
+        if self.decoding == "any_order":
+            check_unshifted("decoding='any_order'", spec.logits_shift)
+            check_full_attention("decoding='any_order'", spec.block_size, "Set decoding='denoising'")
+        if self.approximate_cache:
+            check_full_attention(f"cache={self.cache!r}", spec.block_size, "Set cache='exact'")
+        if self.decoding == "denoising" and self.cache == "exact" and spec.blocks is None:
+            raise ValueError(
+                "cache='exact' with decoding='denoising' needs a block-causal model, and every position of this one "
+                "sees every other: what was computed changes with each token. Set cache=None, or 'prefix' or 'dual'."
+            )
+        if spec.blocks is not None and self.block_length != spec.block_size:
+            raise ValueError(
+                f"block_length={self.block_length}, and the model is block-causal with block_size={spec.block_size}: "
+                f"it is decoded in its own blocks. Set block_length={spec.block_size}, or config.block_size to what "
+                "it was trained with."
+            )
 
     @property
     def value_independent(self) -> bool:

@@ -2,7 +2,11 @@
 
 In each step the model sees the prompt and the whole canvas, a token is drawn for every masked position of the row's
 current block, and some of them are kept. Rows do not wait for each other: each has its own block and step, so what a
-row draws does not depend on the batch that it is in, and a finished row leaves the batch.
+row draws does not depend on the batch that it is in; a finished row leaves it, and a waiting one takes its place.
+
+How many positions of a row are masked is known on the host (`left`), so that a step does not wait for the device. One
+small table is read back in a step where what was drawn decides: under a confidence threshold how many tokens are kept,
+under `stop_at_eos` whether a complete block holds an EOS. A truncated draw also asks how many tokens it is among.
 """
 
 from collections.abc import Callable
@@ -10,10 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..blocks import Blocks
 from ..models import Attention, ForwardFlops, Layout, apply_head, log_probs, restrict, unwrap, view_inputs
 from ..noise import Purpose, uniform
 from ..rollout import Rollout, count_until_eos, widen
-from .order import choose, draw_tokens, measure, named, truncate
+from .order import OF_PROBABILITIES, choose, draw_tokens, measure, named, truncate, which
 
 
 def default_eos(model: nn.Module) -> tuple[int, ...]:
@@ -25,11 +30,12 @@ def default_eos(model: nn.Module) -> tuple[int, ...]:
 
 
 class Denoising:
-    """The canvas of a batch while it is decoded."""
+    """The canvases of a call while they are decoded, at most `limit` of them at a time; None takes all."""
 
-    def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec):
+    def __init__(self, model, prompt_ids, prompt_mask, config, seeds, spec, limit: int | None = None):
         self.model, self.config, self.spec, self.seeds = model, config, spec, seeds
         self.prompt_ids, self.prompt_mask = prompt_ids, prompt_mask
+        self.stop: Callable[[list[int]], bool] | None = None  # whether a row's finished blocks end its completion
         self.eos = config.eos_token_ids if config.eos_token_ids is not None else default_eos(model)
         rows, canvas_length, device = prompt_ids.shape[0], config.max_new_tokens, prompt_ids.device
         self.tokens = torch.full((rows, canvas_length), spec.mask_token_id, dtype=torch.int64, device=device)
@@ -44,9 +50,30 @@ class Denoising:
         )
         self.block = torch.zeros(rows, dtype=torch.int64, device=device)  # the row's current block
         self.taken = torch.zeros(rows, dtype=torch.int64, device=device)  # steps taken by the row
-        self.taken_in_block = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.active = torch.ones(rows, dtype=torch.bool, device=device)
-        self.schedule = torch.tensor(config.schedule if config.confidence_threshold is None else [1], device=device)
+        blocks = config.blocks(spec)
+        blocks = Blocks(config.block_length, "canvas") if blocks is None else blocks
+        number = blocks.number(prompt_mask, canvas_length)
+        self.column_block = number  # the block of each column of prompt ⊕ canvas, -1 for padding
+        self.first_block = number[:, -canvas_length]
+        # Positions that a row's first block lacks, where the prompt's last tokens stand in it.
+        counted = blocks.alignment == "position"
+        self.lead = prompt_mask.sum(dim=1) % blocks.size if counted else torch.zeros_like(self.block)
+        self.leads = self.lead.tolist() if counted else [0] * rows
+        # Tokens that a step reveals by the schedule, by the positions of the block and those masked before the step.
+        size = config.block_length
+        self.reveals = [[0] * (size + 1) for _ in range(size + 1)]
+        for length in range(1, size + 1):
+            masked = length
+            for count in config.schedule if config.confidence_threshold is None else ():
+                self.reveals[length][masked] = min(count, masked)
+                masked -= min(count, masked)
+        self._reveals = torch.tensor(self.reveals, device=device)
+        self._eos = torch.tensor(list(self.eos), dtype=torch.int64, device=device)
+        # On the host: who is decoded and who waits for it, each row's masked positions, and what it revealed last.
+        self.limit, self.active, self.waiting = limit or rows, list[int](), list(reversed(range(rows)))
+        self.left, self.last = [canvas_length] * rows, [0] * rows
+        self.running: list[int] = []  # rows of the step's forward
+        self._on_device: tuple[list[int], Tensor] = ([], self.block[:0])
         prompt_length = prompt_mask.sum(dim=1, keepdim=True)
         canvas_position = prompt_length + torch.arange(canvas_length, device=device)
         self.position_ids = torch.cat([(prompt_mask.long().cumsum(1) - 1).clamp(min=0), canvas_position], dim=1)
@@ -66,67 +93,116 @@ class Denoising:
         self.flops += self.count_flops(1, ids.shape[1], ids.shape[1], 0)
         apply_head(self.model, inputs, ids.new_zeros(0), lambda logits: logits[:, :1])
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a row that is decoded or waits for it."""
+        return bool(self.active or self.waiting)
+
+    def admit(self) -> None:
+        """Let waiting rows take the places of those that have finished."""
+        while self.waiting and len(self.active) < self.limit:
+            self.active.append(self.waiting.pop())
+
+    def next_rows(self) -> list[int]:
+        """The rows of the next forward: those that are decoded."""
+        return self.active
+
     def step(self) -> None:
-        """One forward of the rows that are still decoding, and the tokens that it reveals."""
-        config, active = self.config, self.next_rows()
-        if len(active) == 0:
+        """One forward of rows that are still decoding, and the tokens that it reveals."""
+        self.admit()
+        self.running = list(self.next_rows())
+        if not self.running:
             return self.spare_forward()
-        canvas = torch.arange(config.max_new_tokens, device=active.device)
-        in_block = canvas // config.block_length == self.block[active, None]
-        candidates = in_block & (self.unmask_step[active] < 0)
-        row, position = candidates.nonzero(as_tuple=True)
+        config, active = self.config, self.on_device(self.running)
+        columns = self.block[active, None] * config.block_length - self.lead[active, None]
+        columns = columns + self._arange(config.block_length)
+        inside = (columns >= 0) & (columns < config.max_new_tokens)
+        columns = columns.clamp(0, config.max_new_tokens - 1)
+        candidates = inside & (self.unmask_step[active[:, None], columns] < 0)  # (rows, block)
+        masked = [self.masked_in_block(row) for row in self.running]
+        flat = which(candidates.flatten(), sum(masked))
+        row, place = flat // config.block_length, flat % config.block_length
+        position = columns[row, place]
         token, logp, value, support = self._draw(active, row, position)
 
-        measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put(
-            (row, position), value
-        )
-        count = self.schedule[self.taken_in_block[active].clamp(max=len(self.schedule) - 1)]
-        kept = choose(measures, candidates, count, config.confidence_threshold)[row, position]
-        row, position = active[row[kept]], position[kept]
-        self.tokens[row, position] = token[kept]
-        self.logps[row, position] = logp[kept]
+        measures = torch.zeros(candidates.shape, dtype=value.dtype, device=value.device).index_put((row, place), value)
+        reveals = self._reveals[inside.sum(dim=1), candidates.sum(dim=1)]
+        kept = choose(measures, candidates, reveals, config.confidence_threshold)
+        counts = [self.reveals[self.block_bounds(row)[1]][n] for row, n in zip(self.running, masked, strict=True)]
+        ended = [False] * len(masked)
+        stops = bool(config.stop_at_eos and self.eos)
+        if config.confidence_threshold is not None or (stops and any(map(int.__eq__, counts, masked))):
+            tokens = self.tokens[active[:, None], columns].index_put((row, place), token)
+            eos = (tokens[..., None] == self._eos).any(dim=-1) & (kept | ~candidates) & inside
+            counts, ended = torch.stack([kept.sum(dim=1), eos.any(dim=1)]).tolist()
+        chosen = which(kept[row, place], sum(counts))
+        row, position = active[row[chosen]], position[chosen]
+        self.tokens[row, position] = token[chosen]
+        self.logps[row, position] = logp[chosen]
         self.unmask_step[row, position] = self.taken[row]
         if self.support is not None and support is not None:
-            self.support, support = widen([self.support, support[kept]])
+            self.support, support = widen([self.support, support[chosen]])
             self.support[row, position] = support
         self.on_reveal(row, position)
         self.taken[active] += 1
-        self.taken_in_block[active] += 1
-        self._next_block(active)
+        revealed = (self.unmask_step[active] >= 0).sum(dim=1)
+        self.block[active] = (revealed + self.lead[active]) // config.block_length
+        for number, before, count, end in zip(self.running, masked, counts, ended, strict=True):
+            self.left[number] -= count
+            self.last[number] = count
+            # Earlier blocks hold no EOS, or the row would have stopped behind them.
+            if before == count and (self.left[number] == 0 or (stops and end) or self._stops(number)):
+                self.active.remove(number)
 
-    def next_rows(self) -> Tensor:
-        """The rows of the next forward, int64 (n,): those that are still decoding."""
-        return self.active.nonzero().squeeze(1)
+    def _stops(self, row: int) -> bool:
+        """Whether `stop` finds the end in a row whose current block is complete."""
+        return self.stop is not None and self.stop(self.tokens[row, : len(self.tokens[row]) - self.left[row]].tolist())
 
-    def _next_block(self, active: Tensor) -> None:
-        """Move the rows whose block is complete to the next one, or finish them."""
-        config = self.config
-        complete = (self.unmask_step[active] >= 0).sum(dim=1) == (self.block[active] + 1) * config.block_length
-        done = active[complete]
-        self.block[done] += 1
-        self.taken_in_block[done] = 0
-        finished = self.block[done] * config.block_length == config.max_new_tokens
-        if config.stop_at_eos and self.eos:
-            # Blocks before this one are complete, so nothing before the EOS is masked.
-            eos = torch.tensor(list(self.eos), device=done.device)
-            finished |= (torch.isin(self.tokens[done], eos) & (self.unmask_step[done] >= 0)).any(dim=1)
-        self.active[done[finished]] = False
+    def block_bounds(self, row: int) -> tuple[int, int]:
+        """First position of a row's current block, and its number of positions."""
+        size, canvas_length = self.config.block_length, self.config.max_new_tokens
+        start = (canvas_length - self.left[row] + self.leads[row]) // size * size - self.leads[row]
+        return max(start, 0), min(start + size, canvas_length) - max(start, 0)
+
+    def masked_in_block(self, row: int) -> int:
+        """Masked positions of a row's current block."""
+        start, length = self.block_bounds(row)
+        return start + length - (self.config.max_new_tokens - self.left[row])
+
+    def on_device(self, rows: list[int]) -> Tensor:
+        """Row numbers on the device, int64 (n,), copied when they change and without waiting for it."""
+        if rows != self._on_device[0]:
+            device = self.tokens.device
+            index = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=device.type == "cuda")
+            self._on_device = (list(rows), index)
+        return self._on_device[1]
+
+    def _arange(self, size: int) -> Tensor:
+        return torch.arange(size, device=self.tokens.device)
 
     def attention(self, rows: Tensor) -> Attention:
         """Which columns of prompt ⊕ canvas each row of it attends to."""
-        return Attention.padding(self.valid[rows])
+        valid = self.valid[rows]
+        if self.config.future_blocks == "absent":
+            block = self.column_block[rows] - self.first_block[rows, None]
+            valid = valid & (block <= self.block[rows, None])
+        return Attention.padding(valid)
 
     def forward(self, rows: Tensor, row: Tensor, position: Tensor, reduce: Callable, *args: Tensor) -> Tensor:
         """Run `rows` and reduce the logits that predict each (rows[row], position), (n, C)."""
         prompt, tokens, spec = self.prompt_ids[rows], self.tokens[rows], self.spec
         ids, pattern, positions = torch.cat([prompt, tokens], dim=1), self.attention(rows), self.position_ids[rows]
         width = ids.shape[1]
+        if self.config.future_blocks == "absent":  # what no row has yet
+            width = prompt.shape[1] + max(sum(self.block_bounds(number)) for number in self.running)
+            tokens, ids, positions = tokens[:, : width - prompt.shape[1]], ids[:, :width], positions[:, :width]
+            pattern = pattern.map(lambda part: part[:, :width])
         head_rows = row * width + prompt.shape[1] + position - spec.logits_shift
         if self.config.cfg_scale > 0:
             # The unconditional twin of each row has its prompt masked, as in LLaDA; both are reduced together.
             masked = prompt.masked_fill(self.prompt_mask[rows], spec.mask_token_id)
             ids = torch.cat([ids, torch.cat([masked, tokens], dim=1)])
-            pattern, positions = Attention(pattern.level.repeat(2, 1)), positions.repeat(2, 1)
+            pattern, positions = pattern.map(lambda part: part.repeat(2, 1)), positions.repeat(2, 1)
             head_rows = torch.stack([head_rows, head_rows + len(rows) * width], dim=1)
         inputs = view_inputs(self.model, Layout(ids, positions, pattern))
         self.num_forwards += 1
@@ -144,21 +220,26 @@ class Denoising:
         config, mask_token_id = self.config, self.spec.mask_token_id
         seed, step = self.seeds[rows[row]], self.taken[rows[row]]
         supports: list[Tensor] = []  # of the head's tiles, in their order
-        draws = [uniform(seed, purpose, step, position) for purpose in (Purpose.TOKEN, Purpose.ORDER)]
+        wanted = {Purpose.TOKEN: config.temperature > 0, Purpose.ORDER: config.remasking == "random"}
+        draws = [
+            uniform(seed, purpose, step, position) if used else torch.zeros_like(seed, dtype=torch.float64)
+            for purpose, used in wanted.items()
+        ]
 
         def reduce(logits: Tensor, draw: Tensor) -> Tensor:
             if config.cfg_scale > 0:
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 logits = logits[:, 1] + (config.cfg_scale + 1) * (logits[:, 0] - logits[:, 1])
-            plain = log_probs(logits, mask_token_id)
-            tempered = log_probs(logits, mask_token_id, config.temperature)
+            plain = tempered = log_probs(logits, mask_token_id, config.temperature)
+            if config.temperature not in (0, 1) and config.remasking in OF_PROBABILITIES:
+                plain = log_probs(logits, mask_token_id)
             if self.support is not None:
                 supports.append(named(truncate(tempered, config.top_k, config.top_p, config.min_p)))
                 among = restrict(tempered, supports[-1])
                 choice = draw_tokens(among, draw[:, 0])[:, None]
                 token, logp = (x.gather(1, choice).squeeze(1) for x in (supports[-1].long(), among))
             else:
-                token = plain.argmax(dim=-1) if config.temperature == 0 else draw_tokens(tempered, draw[:, 0])
+                token = tempered.argmax(dim=-1) if config.temperature == 0 else draw_tokens(tempered, draw[:, 0])
                 logp = tempered.gather(1, token[:, None]).squeeze(1)
             # float64 holds token ids and float32 log-probs exactly.
             return torch.stack(
@@ -181,9 +262,7 @@ class Denoising:
             logps=self.logps,
             counted=count_until_eos(self.tokens, self.unmask_step, self.eos),
             view_seed=self.seeds,
-            mask_token_id=self.spec.mask_token_id,
-            temperature=self.config.temperature,
-            steps=self.config.fixed_steps,
+            **self.config.facts(self.spec),
             num_forwards=self.num_forwards,
             flops=self.flops,
             support=self.support,

@@ -9,21 +9,55 @@ from torch import Tensor
 # Names of `remasking`. A larger measure is revealed first.
 MEASURES = ("low_confidence", "margin", "entropy", "random", "left_to_right")
 VALUE_INDEPENDENT = ("margin", "entropy", "random", "left_to_right")
+OF_PROBABILITIES = ("low_confidence", "margin", "entropy")
+
+_BLOCK = 512  # tokens whose cumulative probabilities are formed to draw one of them
+_ROWS = 16  # rows that are in float64 at a time: copies beyond 32 MB cost a CPU more to get than to fill
 
 
 def draw_tokens(log_p: Tensor, uniform: Tensor) -> Tensor:
     """Exact categorical samples, int64 (n,), from log-probs (n, V) and one uniform a row.
 
-    Inverse of the cumulative distribution in float64: a third of the cost of Gumbel noise for every token, and without
-    the truncated tail that noise of low precision has.
+    Inverse of the cumulative distribution in float64, in two steps: among blocks of the vocabulary by their sums, then
+    among the tokens of one block. A cumulative sum over the vocabulary takes longer than the softmax, and Gumbel noise
+    for every token three times as long; noise of low precision has a truncated tail besides.
     """
-    cumulative = log_p.double().exp().cumsum(dim=-1)
-    # Scaled by the last entry, which rounding leaves near 1 and not at it, and kept below it, which the product's
-    # rounding may not do; right=True then never picks a token of probability 0.
-    total = cumulative[:, -1]
-    point = torch.minimum(uniform.double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1)
-    return token.clamp(max=log_p.shape[-1] - 1)
+    vocab = log_p.shape[-1]
+    size = min(_BLOCK, vocab)
+    whole = vocab // size * size
+    sums = []
+    for part in log_p.split(_ROWS):
+        p = part.to(torch.float64, copy=True).exp_()
+        blocks = [p[:, :whole].unflatten(1, (-1, size)).sum(dim=-1), p[:, whole:].sum(dim=-1, keepdim=True)]
+        sums.append(torch.cat(blocks, dim=1))
+    cumulative = torch.cat(sums).cumsum(dim=-1)
+    # Scaled by the last entry, which rounding leaves near 1 and not at it.
+    point = uniform.double()[:, None] * cumulative[:, -1:]
+    block = _first_above(cumulative, point)
+    before = cumulative.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0)
+    token = block * size + torch.arange(size, device=log_p.device)
+    p = log_p.gather(1, token.clamp(max=vocab - 1)).double().exp().masked_fill(token >= vocab, 0)
+    place = _first_above(p.cumsum(dim=-1), point - before)
+    return (block * size + place).squeeze(1).clamp(max=vocab - 1)
+
+
+def _first_above(cumulative: Tensor, point: Tensor) -> Tensor:
+    """The first entry of each row of `cumulative` (n, K) that is above `point` (n, 1), int64 (n, 1).
+
+    A point that rounding put at the end or behind it goes to the last part that has any probability.
+    """
+    end = cumulative[:, -1:]
+    inside = torch.minimum(point, torch.nextafter(end, torch.zeros_like(end)))
+    # right=True never picks a part of probability 0; NaN is above everything.
+    return torch.searchsorted(cumulative, inside, right=True).clamp(max=cumulative.shape[-1] - 1)
+
+
+def which(mask: Tensor, count: int) -> Tensor:
+    """Indices of the entries of `mask` (n,) that are True, int64 (count,), where it is known that there are `count`.
+
+    `nonzero` would wait for the device to say how many there are.
+    """
+    return (~mask).byte().argsort(stable=True)[:count]
 
 
 def truncate(log_p: Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float | None = None) -> Tensor:

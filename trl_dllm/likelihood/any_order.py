@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..models.attention import EVERYTHING, NEVER, Attention, order_levels
-from ..models.spec import check_unshifted
+from ..models.spec import MaskedDiffusionSpec, check_full_attention, check_unshifted
 from ..rollout import Rollout
 from .view import IGNORE, Estimator, View, prompt_positions
 
@@ -61,8 +61,9 @@ class AnyOrder(Estimator):
 
     replays = exact_for = ("any_order",)
 
-    def check(self, logits_shift: int) -> None:
-        check_unshifted("AnyOrder", logits_shift)
+    def check(self, spec: MaskedDiffusionSpec) -> None:
+        check_unshifted("AnyOrder", spec.logits_shift)
+        check_full_attention("AnyOrder", spec.block_size, "Use exact_trajectory or step_merge")
 
     def num_views(self, rollout: Rollout) -> int:
         return 1

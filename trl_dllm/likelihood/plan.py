@@ -90,33 +90,39 @@ def counted_view(estimator: Estimator, rollout: Rollout, n: int, seeds: Tensor, 
 def compact(view: View) -> View:
     """The view without columns that no scored row sees.
 
-    Where all that is hidden is padding, every row sees every column, and what goes is the left padding that all rows
-    have. Other layouts (any-order) keep, in each row, the scored columns, what they see and what that sees, in their
-    order; rows that keep fewer are padded on the right.
+    Where all that is hidden is padding, every row sees every column, and what goes is the padding at either end that
+    all rows have. Other layouts (any-order, block-causal) keep, in each row, the scored columns, what they see and
+    what that sees, in their order; rows that keep fewer are padded on the right.
     """
-    level, reach = view.attention.level, view.attention.reach
-    if reach is None:
-        padding = int((level == NEVER).all(dim=0).long().cumprod(dim=0).sum())
-        return view if padding == 0 else view.columns(lambda table: table[:, padding:])
+    level, reach, segment = view.attention.level, view.attention.reach, view.attention.segment
     scored = view.targets != IGNORE
-    # A column is seen from a level on, so that the highest reach says what is seen.
-    highest = reach.masked_fill(~scored, -1).amax(dim=1)
+    if reach is None:
+        needed = ((level != NEVER) | scored).any(dim=0).nonzero()
+        if len(needed) == 0:
+            return view
+        start, end = int(needed[0]), int(needed[-1]) + 1
+        return view if end - start == level.shape[1] else view.columns(lambda table: table[:, start:end])
+    segment = torch.zeros_like(level) if segment is None else segment
+    # A column is seen from a level on, so that the highest reach, of its segment or of any, says what is seen.
+    kept = scored
     while True:
-        kept = scored | (level <= highest[:, None])
-        further = reach.masked_fill(~kept, -1).amax(dim=1)
-        if torch.equal(further, highest):
+        reached = reach.masked_fill(~kept, -1)
+        highest = torch.full_like(reached, -1).scatter_reduce(1, segment, reached, "amax").gather(1, segment)
+        highest = torch.where(segment == 0, reached.amax(dim=1, keepdim=True), highest)
+        further = kept | (level <= highest)
+        if torch.equal(further, kept):
             break
-        highest = further
+        kept = further
     number = kept.sum(dim=1, keepdim=True)
     width = max(1, int(number.max()))
     if width == level.shape[1]:
         return view
     place = (~kept).long().argsort(dim=1, stable=True)[:, :width]
     fill = torch.arange(width, device=level.device) >= number
-    level, reach = (table.gather(1, place) for table in (level, reach))
     left = view.columns(lambda table: table.gather(1, place))
+    level, reach = left.attention.level.masked_fill(fill, NEVER), reach.gather(1, place).masked_fill(fill, 0)
     return replace(
         left,
-        attention=Attention(level.masked_fill(fill, NEVER), reach.masked_fill(fill, 0)),
+        attention=Attention(level, reach, segment=left.attention.segment),
         targets=left.targets.masked_fill(fill, IGNORE),
     )

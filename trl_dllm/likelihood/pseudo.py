@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.attention import NEVER, Attention
-from ..models.spec import check_unshifted
+from ..models.spec import MaskedDiffusionSpec, check_full_attention, check_unshifted
 from ..noise import Purpose, random_ranks
 from ..rollout import Rollout
 from .any_order import two_stream_view
@@ -64,9 +64,10 @@ class BlockPseudoLikelihood(Estimator):
     def sub_samples(self, canvas_length: int) -> bool:
         return self.views is not None and self.views * self.block_size < canvas_length
 
-    def check(self, logits_shift: int) -> None:
+    def check(self, spec: MaskedDiffusionSpec) -> None:
         if self.mask_attention == "isolated":
-            check_unshifted("mask_attention='isolated'", logits_shift)
+            check_unshifted("mask_attention='isolated'", spec.logits_shift)
+            check_full_attention("mask_attention='isolated'", spec.block_size, "Set mask_attention='full'")
 
     def num_views(self, rollout: Rollout) -> int:
         return -(-_largest_row(rollout) // self.block_size) if self.views is None else self.views
@@ -134,8 +135,9 @@ class TrajectoryPseudoLikelihood(Estimator):
         self.clean_rows = clean_rows
         self.replays = self.exact_for = ("any_order",) if clean_rows == "causal" else ()
 
-    def check(self, logits_shift: int) -> None:
-        check_unshifted("TrajectoryPseudoLikelihood", logits_shift)
+    def check(self, spec: MaskedDiffusionSpec) -> None:
+        check_unshifted("TrajectoryPseudoLikelihood", spec.logits_shift)
+        check_full_attention("TrajectoryPseudoLikelihood", spec.block_size, "Use exact_trajectory or pkl_u")
 
     def num_views(self, rollout: Rollout) -> int:
         return 1

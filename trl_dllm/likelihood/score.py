@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..models import MaskedDiffusionSpec, apply_head, entropy, log_probs, restrict, view_inputs
-from ..models.spec import check_full_attention
 from ..rollout import Rollout
 from .plan import Plan, compact
 from .view import IGNORE, Estimator, View
@@ -90,6 +89,11 @@ def score_view(
     Returns:
         `TokenScores`, (B, L) each.
     """
+    if spec.blocks is not None and view.attention.reach is None:
+        raise ValueError(
+            f"block_size={spec.block_size}, and the view lets every row see every column: masks of one block would be "
+            "read by later ones, which such a model never does. Build views by canvas_view, or bring their attention."
+        )
     width, rows = view.input_ids.shape[1], len(view.input_ids) if rows is None else rows
     chosen = (view.targets != IGNORE).flatten().nonzero().squeeze(1)
     inputs = view_inputs(model, view)
@@ -122,7 +126,7 @@ def score_view(
         row_args.append(support.flatten(0, 1)[place])
     if hidden is not None:
         row_args.append(hidden)
-    scores = apply_head(model, inputs, rows_scored, statistics, *row_args)
+    scores = apply_head(model, inputs, rows_scored, statistics, *row_args, keep=reference is None)
     scores = scores * view.weight.flatten()[chosen, None].to(scores.dtype)
     # index_put with accumulation, so that a position scored at several rows of a view is summed.
     table = scores.new_zeros(rows * canvas_length, scores.shape[1])
@@ -134,8 +138,12 @@ def score_view(
 
 def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusionSpec) -> None:
     """Raise ValueError where the model family cannot answer for the estimator or the rollout."""
-    check_full_attention(type(estimator).__name__, spec.block_size)
-    estimator.check(spec.logits_shift)
+    estimator.check(spec)
+    if spec.blocks != (rollout.blocks if rollout.blocks is None or rollout.blocks.causal else None):
+        raise ValueError(
+            f"blocks={rollout.blocks} in the rollout, {spec.blocks} in the model: they do not belong together. Draw "
+            "the rollout with this model, or say how it was drawn: dataclasses.replace(rollout, blocks=spec.blocks)."
+        )
     if rollout.support is not None and not estimator.replays:
         raise ValueError(
             f"{type(estimator).__name__} scores other distributions than the sampler drew from, and which of their "

@@ -12,6 +12,9 @@ It scores the positions revealed in its segment, b_n <= s < b_{n+1}, so that
 
 With N = 1 everything is predicted from an empty canvas (d1's mean field, Remark 3.4); with N >= T every token is
 scored on the canvas that it was drawn from, which is exact.
+
+In a block-causal model the T steps are those of each block, and s_i counts from the block's first: all blocks are cut
+at once, and the error stays inside a block (docs/methods.md §2.8).
 """
 
 import torch
@@ -22,10 +25,10 @@ from .view import Estimator, View, canvas_view
 
 
 def segment_view(rollout: Rollout, start: Tensor, end: Tensor) -> View:
-    """The canvas before decoding step `start`, scoring the positions revealed in steps [start, end); both (B,)."""
-    step = rollout.unmask_step
-    before = (step >= 0) & (step < start[:, None])
-    segment = (step >= start[:, None]) & (step < end[:, None])
+    """The canvas before step `start` of those it replays, scoring what steps [start, end) revealed; both (B, L)."""
+    step, _ = rollout.replayed_steps()
+    before = (step >= 0) & (step < start)
+    segment = (step >= start) & (step < end)
     return canvas_view(rollout, visible=before, scored=segment)
 
 
@@ -51,7 +54,7 @@ class StepMerge(Estimator):
         return self.num_segments
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
-        steps, segments = rollout.scheduled_steps, self.num_segments
+        (_, steps), segments = rollout.replayed_steps(), self.num_segments
         # Beyond the last view the segment begins behind the last step, and scores nothing.
         return segment_view(rollout, start=n * steps // segments, end=(n + 1) * steps // segments)
 
@@ -70,14 +73,15 @@ class ExactTrajectory(Estimator):
     """The exact trajectory likelihood of any model (d2 Eq. 7; CJ-GRPO; DDPO): StepMerge with one cut a step.
 
     Equals the sampler's own log-probs when scored at the sampling temperature with an unperturbed prompt. Costs as
-    many forwards of P + L tokens as the slowest row took steps.
+    many forwards of P + L tokens as the slowest row took steps; for a block-causal model, of P + 2L tokens and as
+    many as the slowest block took.
     """
 
     replays = exact_for = ("denoising",)
 
     def num_views(self, rollout: Rollout) -> int:
-        return max(1, int(rollout.num_steps.max()))
+        return max(1, int(rollout.replayed_steps()[0].max()) + 1)
 
     def view(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> View:
-        start = torch.full_like(rollout.num_steps, n)
+        start = torch.full_like(rollout.unmask_step, n)
         return segment_view(rollout, start, end=start + 1)  # scores nothing in a row that took fewer steps

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..models.attention import Attention, Layout
+from ..models.attention import NEVER, Attention, Layout
+from ..models.spec import MaskedDiffusionSpec
 from ..noise import Purpose, uniform
 from ..rollout import Rollout
 
@@ -49,11 +50,10 @@ class View(Layout):
 
     def columns(self, choose: Callable[[Tensor], Tensor]) -> "View":
         """The view of the columns that `choose` takes from each (B, S) table."""
-        level, reach = self.attention.level, self.attention.reach
         return View(
             choose(self.input_ids),
             choose(self.position_ids),
-            Attention(choose(level), None if reach is None else choose(reach)),
+            self.attention.map(choose),
             choose(self.targets),
             choose(self.index),
             choose(self.weight),
@@ -64,11 +64,10 @@ class View(Layout):
         """The rows of all views, which are of one layout, in one."""
         if len(views) == 1:
             return views[0]
-        levels, reaches = zip(*((view.attention.level, view.attention.reach) for view in views), strict=True)
         return View(
             torch.cat([view.input_ids for view in views]),
             torch.cat([view.position_ids for view in views]),
-            Attention(torch.cat(levels), None if reaches[0] is None else torch.cat(reaches)),
+            Attention.cat([view.attention for view in views]),
             torch.cat([view.targets for view in views]),
             torch.cat([view.index for view in views]),
             torch.cat([view.weight for view in views]),
@@ -111,7 +110,7 @@ class Estimator:
         """The log-probs (B, L) that those of a view stand for; linear, since views are added up behind it."""
         return logps
 
-    def check(self, logits_shift: int) -> None:
+    def check(self, spec: MaskedDiffusionSpec) -> None:
         """Raise ValueError where a model family has no row that predicts what the estimator scores."""
 
 
@@ -124,25 +123,75 @@ def prompt_positions(rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 
 def canvas_view(rollout: Rollout, visible: Tensor, scored: Tensor, weight: Tensor | None = None) -> View:
-    """The plain denoiser's view: prompt ⊕ canvas, in which `visible` (B, L) positions show their token and the others
-    [MASK].
+    """The denoiser's view: prompt ⊕ canvas, in which `visible` (B, L) positions show their token, the others [MASK].
 
     `scored` (B, L) positions are targets, with `weight` (B, L) (1 by default). Every row attends to everything but
-    padding.
+    padding. On a canvas that grew, blocks behind the last one that the view shows or scores are absent; for a
+    block-causal model every block stands behind finished ones (`behind_clean`).
     """
     prompt, prompt_mask, tokens = rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids
     rows, canvas_length = tokens.shape
+    width = prompt.shape[1]
     prompt_position, canvas_position = prompt_positions(rollout)
     weight = torch.ones_like(rollout.logps) if weight is None else weight
-    return View(
+    blocks, block = rollout.blocks, None
+    present = torch.ones_like(visible)
+    if blocks is not None:
+        block = blocks.number(prompt_mask, canvas_length)
+        if not blocks.causal:
+            last = block[:, width:].masked_fill(~(visible | scored), -1).amax(dim=1, keepdim=True)
+            present = block[:, width:] <= last
+    view = View(
         input_ids=torch.cat([prompt, tokens.masked_fill(~visible, rollout.mask_token_id)], dim=1),
         position_ids=torch.cat([prompt_position, canvas_position], dim=1),
-        attention=Attention.padding(torch.cat([prompt_mask, torch.ones_like(visible)], dim=1)),
+        attention=Attention.padding(torch.cat([prompt_mask, present], dim=1)),
         targets=torch.cat([torch.full_like(prompt, IGNORE), tokens.masked_fill(~scored, IGNORE)], dim=1),
         index=torch.cat(
             [torch.zeros_like(prompt), torch.arange(canvas_length, device=tokens.device).expand(rows, -1)], dim=1
         ),
         weight=torch.cat([torch.zeros_like(prompt, dtype=weight.dtype), weight], dim=1),
+    )
+    if blocks is None or block is None or not blocks.causal:
+        return view
+    # The canvas's first block may hold the last tokens of the prompt.
+    return behind_clean(view, torch.cat([prompt, tokens], dim=1), block, start=max(0, width - blocks.size + 1))
+
+
+def behind_clean(view: View, clean: Tensor, block: Tensor, start: int = 0) -> View:
+    """Two streams, for a model whose rows see their own block and those before it: clean ⊕ the view.
+
+    A clean row of block k sees the clean blocks up to k; one of the view sees the clean blocks before k, and block k
+    of the view. So every block is seen in its own state behind finished ones, as in decoding.
+
+    Args:
+        view (`View`): S columns, whose attention is that of padding.
+        clean (`Tensor` of shape (B, S), int64): what it would show without masks.
+        block (`Tensor` of shape (B, S), int64): the block of each column, from 0; -1 for padding.
+        start (`int`): column from which the view is needed; before it nothing is masked or scored.
+
+    Returns:
+        `View` of 2S - start columns.
+    """
+    noisy = view.columns(lambda table: table[:, start:])
+    # A clean block's level is odd, and that of the same block in the view the even one below it.
+    level = torch.cat([2 * block + 1, 2 * block[:, start:]], dim=1)
+    padding = torch.cat([block, block[:, start:]], dim=1) < 0
+
+    def beside(table: Tensor, fill: float) -> Tensor:
+        return torch.cat([table.new_full(clean.shape, fill), table], dim=1)
+
+    return View(
+        input_ids=torch.cat([clean, noisy.input_ids], dim=1),
+        position_ids=torch.cat([view.position_ids, noisy.position_ids], dim=1),
+        attention=Attention(
+            level.masked_fill(padding, NEVER),
+            level.masked_fill(padding, 0),
+            # Each block of the view is a segment, so that no other block reads its masks.
+            segment=beside(1 + block[:, start:].clamp(min=0), 0),
+        ),
+        targets=beside(noisy.targets, IGNORE),
+        index=beside(noisy.index, 0),
+        weight=beside(noisy.weight, 0),
     )
 
 

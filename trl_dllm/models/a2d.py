@@ -29,6 +29,8 @@ class A2DConfig(HubConfig):
         mask_token_id (`int`, *optional*): id of the mask token; None leaves it to the tokenizer.
         block_size (`int`, *optional*): positions of a block, where attention is block-causal; None is full attention,
             unless the checkpoint's name says otherwise.
+        block_alignment (`str`, defaults to `"position"`): where blocks begin: at the first token of the prompt or,
+            with "canvas", of the canvas.
         is_causal (`bool`, defaults to `False`): attention is not causal.
     """
 
@@ -48,6 +50,7 @@ class A2DQwen3Config(A2DConfig, Qwen3Config):
 
     mask_token_id: int | None = None
     block_size: int | None = None
+    block_alignment: str = "position"
     is_causal: bool = False
 
 
@@ -58,6 +61,7 @@ class A2DQwen2Config(A2DConfig, Qwen2Config):
 
     mask_token_id: int | None = None
     block_size: int | None = None
+    block_alignment: str = "position"
     is_causal: bool = False
 
 
@@ -68,6 +72,7 @@ class A2DLlamaConfig(A2DConfig, LlamaConfig):
 
     mask_token_id: int | None = None
     block_size: int | None = None
+    block_alignment: str = "position"
     is_causal: bool = False
 
 

@@ -1,10 +1,11 @@
 """Attention patterns, and the form that each attention backend takes them in.
 
-Every pattern of this library is one rule on two integers a position: **row q sees column k iff level[k] <= reach[q],
-or q is k**. A column of level `NEVER` is seen by itself alone (padding, isolated masks), so no row is ever empty: an
-empty softmax is NaN. Patterns stay two small vectors until the model is called.
+Every pattern of this library is one rule on three integers a position: **row q sees column k iff level[k] <= reach[q]
+and segment[k] is 0 or q's own, or q is k**. A column of level `NEVER` is seen by itself alone (padding, isolated
+masks), so no row is ever empty: an empty softmax is NaN. Patterns stay small vectors until the model is called.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,11 +28,14 @@ class Attention:
             sees every column that is not padding: the plain denoiser, which every backend runs without a 4D mask.
         column (`Tensor` of shape (B, Q), int64, *optional*): the column that each row is itself, where the Q rows of
             `reach` are fewer than the columns (a cache holds the others). None means column q.
+        segment (`Tensor` of shape (B, S), int64, *optional*): columns of a segment above 0 are seen by its own rows
+            alone, so that levels of different streams do not mix. None means that all are of segment 0.
     """
 
     level: Tensor
     reach: Tensor | None = None
     column: Tensor | None = None
+    segment: Tensor | None = None
 
     @staticmethod
     def padding(mask: Tensor) -> "Attention":
@@ -39,15 +43,38 @@ class Attention:
         return Attention(level=torch.zeros_like(mask, dtype=torch.int64).masked_fill(~mask.bool(), NEVER))
 
     def __getitem__(self, rows: slice | Tensor) -> "Attention":
-        reach, column = (None if part is None else part[rows] for part in (self.reach, self.column))
-        return Attention(self.level[rows], reach, column)
+        return self.map(lambda part: part[rows])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Attention":
+        """The same with `function` applied to each table."""
+        parts = (self.level, self.reach, self.column, self.segment)
+        level, *others = (None if part is None else function(part) for part in parts)
+        assert level is not None
+        return Attention(level, *others)
+
+    @staticmethod
+    def cat(patterns: list["Attention"]) -> "Attention":
+        """The rows of all patterns, which are of one form, in one."""
+
+        def stack(name: str) -> Tensor | None:
+            parts = [getattr(pattern, name) for pattern in patterns]
+            return None if parts[0] is None else torch.cat(parts)
+
+        level = stack("level")
+        assert level is not None
+        return Attention(level, stack("reach"), stack("column"), stack("segment"))
 
     def allowed(self) -> Tensor:
         """The rule written out, bool (B, Q, S): rows are queries, columns keys."""
         columns = torch.arange(self.level.shape[1], device=self.level.device)
         reach = torch.zeros_like(self.level) if self.reach is None else self.reach
         column = columns[: reach.shape[1]] if self.column is None else self.column
-        return (self.level[:, None, :] <= reach[:, :, None]) | (column[..., None] == columns)
+        sees = self.level[:, None, :] <= reach[:, :, None]
+        if self.segment is not None:
+            own = self.segment if self.column is None else self.segment.gather(1, self.column)
+            own = own[:, : reach.shape[1], None]
+            sees &= (self.segment[:, None, :] == 0) | (self.segment[:, None, :] == own)
+        return sees | (column[..., None] == columns)
 
 
 @dataclass(frozen=True)
@@ -121,10 +148,16 @@ def attention_mask(attention: Attention, implementation: str, dtype: torch.dtype
 def _block_mask(attention: Attention):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    level, reach = attention.level, attention.reach
+    level, reach, segment = attention.level, attention.reach, attention.segment
     rows, size = level.shape
 
     def rule(batch, head, q, k):
         return (level[batch, k] <= reach[batch, q]) | (q == k)
 
-    return create_block_mask(rule, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=level.device)
+    def rule_with_segments(batch, head, q, k):
+        of_row = (segment[batch, k] == 0) | (segment[batch, k] == segment[batch, q])
+        return (level[batch, k] <= reach[batch, q]) & of_row | (q == k)
+
+    return create_block_mask(
+        rule if segment is None else rule_with_segments, B=rows, H=None, Q_LEN=size, KV_LEN=size, device=level.device
+    )

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .head import in_tiles, unwrap
+from .head import in_tiles, kept_rows, unwrap
 
 
 # The order in which the parts of a decoder layer run; parts with the same number do not read each other.
@@ -110,8 +110,8 @@ class TrainingFlops(ForwardFlops):
 
     The backward pass multiplies once more for the gradient of a matrix's input, where anything before it is trained,
     and once more for the matrix's own gradient, where it is trained itself; attention takes 2.5 forwards (2 if
-    `eager`). Gradient checkpointing adds a forward of each layer, without its last product unless it is reentrant
-    (recomputation stops where nothing more is needed). Each tile of the head is computed twice.
+    `eager`, which leaves out what nobody needs where training begins at some of q, k and v). Gradient checkpointing adds a forward of each layer, without its last product unless it is reentrant
+    (recomputation stops where nothing more is needed). Tiles of the head whose logits are not kept are computed twice.
     """
 
     def __init__(self, model: nn.Module):
@@ -119,8 +119,9 @@ class TrainingFlops(ForwardFlops):
         self._model = cast(PreTrainedModel, unwrap(model))
         self._layers = [m for m in self._model.modules() if isinstance(m, GradientCheckpointingLayer)]
         fused = self._model.config.get_text_config()._attn_implementation != "eager"
-        self._attention_backward = 2.5 if fused else 2.0
+        self._fused = fused
         self._reference_adapters = ("ref",) if any(m.adapter == "ref" for m in self._matrices) else ()
+        self._vocab_size: int = cast(Any, self._model.get_output_embeddings()).out_features
         self._embeddings = _name_of(self._model, self._model.get_input_embeddings())
         self._head = _name_of(self._model, self._model.get_output_embeddings())
         trained = {
@@ -157,23 +158,26 @@ class TrainingFlops(ForwardFlops):
         if reference:
             total += tokens * (self._cost(self._reference_adapters) + width * self.per_pair)
             total += tile_rows * self._cost((), in_head=True) * (1 + training)
-        return total + (self._backward(tokens, width, tile_rows) if training else 0)
+        # Beside a reference no tile is kept.
+        kept = 0 if reference else kept_rows(head_rows, self._vocab_size, self._model.dtype)
+        return total + (self._backward(tokens, width, tile_rows, tile_rows - kept) if training else 0)
 
-    def _backward(self, tokens: int, width: int, tile_rows: int) -> int:
+    def _backward(self, tokens: int, width: int, tile_rows: int, again: int) -> int:
         # The first position whose output has a gradient. Transformers gives the embeddings' one by a hook, which comes
         # with checkpointing.
         first = _EMBEDDINGS if getattr(self._model, "_require_grads_hook", None) is not None else self._first
         if first is None:
             return 0
-        per_token = per_head_row = 0
+        per_token = per_head_row = recomputed = 0
         running = [m for m in self._matrices if m.adapter in (None, *self._active_adapters())]
         for matrix in running:
             gradients = (first < self._positions[matrix]) + (matrix in self._trained)
             if matrix.in_head:
-                per_head_row += matrix.cost * (1 + gradients)
+                per_head_row += matrix.cost * gradients
+                recomputed += matrix.cost
             else:
                 per_token += matrix.cost * gradients
-        attention = sum(self._attention_backward for n in range(self.num_layers) if first < (n, _ATTENTION, 0))
+        attention = sum(self._attention(n, first) for n in range(self.num_layers) if first < (n, _ATTENTION, 0))
         for number, layer in enumerate(self._layers):
             if layer.gradient_checkpointing and layer.training and first < (number + 1, 0, 0):
                 inside = [m for m in running if self._positions[m][0] == number]
@@ -185,7 +189,15 @@ class TrainingFlops(ForwardFlops):
                 if last is not None and not reentrant and not last.routed:
                     per_token -= last.cost
         per_pair = int(attention * self.per_pair / self.num_layers)
-        return tokens * (per_token + width * per_pair) + tile_rows * per_head_row
+        return tokens * (per_token + width * per_pair) + tile_rows * per_head_row + again * recomputed
+
+    def _attention(self, layer: int, first: Position) -> float:
+        """Forwards of a layer's attention that its backward pass takes: a product for each of v, the weights, q, k."""
+        stage = (layer, _STAGES["q_proj"], 0)
+        needed = {m.name.split("_proj")[0][-1] for m in self._trained if self._positions[m][:2] == stage[:2]}
+        if self._fused or first < stage or not needed:
+            return 2.5 if self._fused else 2.0
+        return len(needed) / 2 + (0.5 if needed & {"q", "k"} else 0)
 
 
 def backbone_parameters(model: nn.Module) -> int:

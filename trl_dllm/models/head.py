@@ -3,12 +3,13 @@
 A masked diffusion model is called for a few of its positions, but its vocabulary is large: at LLaDA's shapes the (B,
 S, V) logits of one micro-batch take gigabytes, of which the scorer needs a tenth. `apply_head` calls the *wrapped*
 model (DDP, DeepSpeed, PEFT, accelerate's autocast), and redirects the forward of the innermost output head for that
-one call: it selects the rows, pads them to tiles of 16 to 64 rows and reduces each tile's logits to a few numbers
+one call: it selects the rows, pads them to tiles of 8 to 64 rows and reduces each tile's logits to a few numbers
 before the next is made. Because the result leaves through the model's own output, the hooks of every wrapper see a
 normal forward.
 
 A row's numbers have the same bits in tiles of one size whatever else is in them; tiles are of few sizes, by the number
-of rows that a call wants.
+of rows that a call wants. So sampler and scorer agree in every bit where their tiles have one size, and to rounding
+where not. Whether a tile is kept for the backward pass (`KEPT_BYTES`) changes no bit.
 """
 
 from collections.abc import Callable
@@ -22,24 +23,35 @@ from transformers import PreTrainedModel
 
 
 TILE_ROWS = 64
-SMALLEST_TILE = 16
+_MULTIPLE = 8  # rows; a tile has that many, or a multiple
+
+# What a forward keeps of its logits for the backward pass, in bytes: whole tiles, and what does not fit is computed
+# again, tile by tile. At LLaDA's vocabulary of 126,464 it is 256 rows.
+KEPT_BYTES = 256 * 2**20
+# Tables of logits' size that a reduction keeps: log-probs, and their exponentials where entropies have gradients.
+_KEPT_TABLES = 2
 
 
 def tile_rows(count: int) -> int:
-    """Rows of a tile in a call that wants `count`: 16, 32 or 64.
+    """Rows of a tile in a call that wants `count`: a multiple of 8 up to 64, so that the fewest tiles are filled best.
 
     At a large vocabulary a tile of 64 for a few rows would cost more than the rest of a small model.
     """
-    size = min(SMALLEST_TILE, TILE_ROWS)
-    while size < min(count, TILE_ROWS):
-        size *= 2
-    return min(size, TILE_ROWS)
+    tiles = max(1, -(-count // TILE_ROWS))
+    return max(1, -(-count // (tiles * _MULTIPLE))) * _MULTIPLE
 
 
 def in_tiles(count: int) -> int:
     """Rows that the head is applied to, for `count` that are wanted: whole tiles, and at least one."""
     size = tile_rows(count)
     return max(1, -(-count // size)) * size
+
+
+def kept_rows(count: int, vocab_size: int, dtype: torch.dtype) -> int:
+    """Rows of the tiles of a call for `count` whose logits the backward pass finds as they were (`KEPT_BYTES`)."""
+    size = tile_rows(count)
+    tile = size * vocab_size * torch.promote_types(dtype, torch.float32).itemsize * _KEPT_TABLES
+    return min(in_tiles(count), KEPT_BYTES // tile * size)
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -61,6 +73,7 @@ def apply_head(
     rows: Tensor,
     reduce: Callable[..., Tensor],
     *row_args: Tensor,
+    keep: bool = True,
 ) -> Tensor:
     """Run `model(**inputs)` and reduce the logits of the chosen rows.
 
@@ -72,9 +85,11 @@ def apply_head(
         reduce (`Callable`): `(logits (tile[, k], V), *args (tile, ...)) -> (tile, C)`; must not depend on which rows
             share a tile.
         *row_args (`Tensor` of shape (n, ...)): per-row arguments of `reduce`.
+        keep (`bool`): with gradients enabled, keep the logits of as many tiles as `KEPT_BYTES` has room for, where
+            `reduce` saves no more than two tables of their size. The others' are computed again in the backward pass.
 
     Returns:
-        `Tensor` of shape (n, C). One forward; with gradients enabled each tile is recomputed in the backward pass.
+        `Tensor` of shape (n, C). One forward.
     """
     head = unwrap(model).get_output_embeddings()
     project = head.forward
@@ -82,6 +97,8 @@ def apply_head(
     def redirected(hidden: Tensor) -> Tensor:
         chosen = hidden.reshape(-1, hidden.shape[-1])[rows]
         count, size = chosen.shape[0], tile_rows(chosen.shape[0])
+        vocab_size = getattr(head, "out_features", None)
+        kept = kept_rows(count, vocab_size, hidden.dtype) if keep and vocab_size and rows.dim() == 1 else 0
         # At least one tile even for no rows: a process with nothing to score must give the head's weights a (zero)
         # gradient like the others, or sharded training waits for it for ever.
         padding = in_tiles(count) - count
@@ -94,7 +111,8 @@ def apply_head(
         outputs = []
         for start in range(0, count + padding, size):
             part = [tensor[start : start + size] for tensor in (chosen, *args)]
-            outputs.append(checkpoint(tile, *part, use_reentrant=False) if torch.is_grad_enabled() else tile(*part))
+            again = torch.is_grad_enabled() and start >= kept
+            outputs.append(checkpoint(tile, *part, use_reentrant=False) if again else tile(*part))
         return torch.cat(outputs)[:count]
 
     with _redirect(head, redirected):
@@ -163,8 +181,8 @@ def log_probs(logits: Tensor, mask_token_id: int, temperature: float = 1.0) -> T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         logits = logits / temperature
-    excluded = torch.arange(logits.shape[-1], device=logits.device) == mask_token_id
-    return logits.masked_fill(excluded, torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
+    mask = torch.full((1,), mask_token_id, device=logits.device)
+    return logits.index_fill(-1, mask, torch.finfo(logits.dtype).min / 4).log_softmax(dim=-1)
 
 
 def restrict(log_p: Tensor, support: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ class LLaDA2MoeConfig(HubConfig, Glm4MoeConfig):
 
     Args:
         mask_token_id (`int`, defaults to 156895): id of the mask token.
-        block_size (`int`, defaults to 32): positions of a block, counted from the first of the prompt.
+        block_size (`int`, defaults to 32): positions of a block.
+        block_alignment (`str`, defaults to `"position"`): where blocks begin: at the first token of the prompt or,
+            with "canvas", of the canvas.
         is_causal (`bool`, defaults to `False`): attention is not causal.
     """
 
@@ -60,6 +62,7 @@ class LLaDA2MoeConfig(HubConfig, Glm4MoeConfig):
     pad_token_id: int | None = 156892
     mask_token_id: int = 156895
     block_size: int = 32
+    block_alignment: str = "position"
     is_causal: bool = False
 
     def __post_init__(self, **kwargs):

@@ -34,7 +34,9 @@ class SDARConfig(_SDARConfig, Qwen3Config):
 
     Args:
         mask_token_id (`int`, defaults to 151669): id of the mask token.
-        block_size (`int`, defaults to 4): positions of a block, counted from the first of the prompt.
+        block_size (`int`, defaults to 4): positions of a block.
+        block_alignment (`str`, defaults to `"position"`): where blocks begin: at the first token of the prompt or,
+            with "canvas", of the canvas.
         is_causal (`bool`, defaults to `False`): attention is not causal.
     """
 
@@ -42,6 +44,7 @@ class SDARConfig(_SDARConfig, Qwen3Config):
 
     mask_token_id: int = 151669
     block_size: int = 4
+    block_alignment: str = "position"
     is_causal: bool = False
 
 
@@ -54,6 +57,7 @@ class SDARMoeConfig(_SDARConfig, Qwen3MoeConfig):
     norm_topk_prob: bool = True
     mask_token_id: int = 151669
     block_size: int = 4
+    block_alignment: str = "position"
     is_causal: bool = False
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..blocks import Blocks
 from .head import unwrap
 
 
@@ -17,6 +18,9 @@ _TRANSFORMED_LOGITS = {
     "output_multiplier": 1.0,
 }
 
+# What a config says of it, under the same names.
+FACTS = ("mask_token_id", "logits_shift", "block_size", "block_alignment")
+
 
 @dataclass(frozen=True)
 class MaskedDiffusionSpec:
@@ -28,17 +32,28 @@ class MaskedDiffusionSpec:
             (Dream, which kept the shift of the autoregressive model it came from).
         block_size (`int`, *optional*): positions of a block of a block-causal model (SDAR, LLaDA2), in which a
             position sees its own block and those before it; None if every position sees every other.
+        block_alignment (`str`): where its blocks begin, see `Blocks`.
     """
 
     mask_token_id: int
     logits_shift: int = 0
     block_size: int | None = None
+    block_alignment: str = "position"
 
     def __post_init__(self):
         if self.logits_shift not in (0, 1):
             raise ValueError(f"logits_shift={self.logits_shift} is not known; it must be 0 (LLaDA) or 1 (Dream).")
-        if self.block_size is not None and self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1 position, or None for full attention.")
+        if self.blocks is not None and self.logits_shift:
+            raise ValueError(
+                f"logits_shift={self.logits_shift} with block_size={self.block_size}: no family has both, and the row "
+                "that predicts a block's first position would stand in another block. Set config.block_size = None if "
+                "this checkpoint has full attention."
+            )
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The blocks of a block-causal model."""
+        return None if self.block_size is None else Blocks(self.block_size, self.block_alignment)
 
     @classmethod
     def from_model(cls, model: nn.Module, tokenizer=None) -> "MaskedDiffusionSpec":
@@ -93,7 +108,7 @@ class MaskedDiffusionSpec:
                     f"{name}={getattr(text_config, name)} is not supported: this architecture transforms its logits "
                     "behind the head, which the tiled head would not follow."
                 )
-        facts = {name: getattr(text_config, name, None) for name in ("logits_shift", "block_size")}
+        facts = {name: getattr(text_config, name, None) for name in FACTS[1:]}
         return cls(mask_token_id, **{name: value for name, value in facts.items() if value is not None})
 
     def write_to(self, model: nn.Module) -> None:
@@ -132,12 +147,11 @@ def check_positions(config, prompt: int, canvas: int, canvas_name: str, where: s
         )
 
 
-def check_full_attention(name: str, block_size: int | None) -> None:
+def check_full_attention(name: str, block_size: int | None, remedy: str) -> None:
     """Raise ValueError for block-causal models."""
     if block_size is not None:
         raise ValueError(
-            f"{name} does not apply to a block-causal model yet, and this one has block_size={block_size}: what masks "
-            "positions of several blocks at once would have later blocks read earlier ones' masks, which such a model "
-            "never does. Use a family with full attention (LLaDA, Dream, …); if this checkpoint has it, set "
-            "config.block_size = None."
+            f"{name} does not apply to a block-causal model, and this one has block_size={block_size}: a position of "
+            f"such a model sees its own block and those before it. {remedy}; if this checkpoint has full attention, "
+            "set config.block_size = None."
         )

@@ -7,6 +7,7 @@ run on fake tensors (`fake.py`), on one process, and `memory.py` says what shard
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ def _dream() -> DreamConfig:
     )
 
 
+def _tiny(family: str):
+    return create_tiny_model(family)[0].config
+
+
 # Shapes of published checkpoints, for a machine that cannot reach the Hub: the first that a name contains. And those
 # that `trl-dllm init-tiny` writes where the tiny recipes look.
 _PUBLISHED: dict[str, Callable[[], Any]] = {
@@ -46,7 +51,7 @@ _PUBLISHED: dict[str, Callable[[], Any]] = {
     "llada-1.5": LLaDAConfig,
     "dream": _dream,
     "diffucoder": _dream,
-    "tiny_llada/init": lambda: create_tiny_model("llada")[0].config,
+    **{f"tiny_{name}/init": partial(_tiny, name) for name in ("llada", "sdar")},
 }
 
 

@@ -185,7 +185,7 @@ class Calls:
             stack.enter_context(mock.patch.object(grpo_trainer, "segmented_backward", self.segmented_backward))
             yield
 
-    def apply_head(self, model, inputs: dict, rows: Tensor, reduce: Callable, *row_args: Tensor) -> Tensor:
+    def apply_head(self, model, inputs: dict, rows: Tensor, reduce: Callable, *row_args: Tensor, **options) -> Tensor:
         kind, training = reduce.__code__, torch.is_grad_enabled()
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if training:
@@ -195,7 +195,7 @@ class Calls:
             if training and self.accumulates:
                 self.put_gradients()
             run = self._on_real(reduce) if self.sampling and self.truncates else reduce
-            result = head_module.apply_head(model, inputs, rows, run, *row_args)
+            result = head_module.apply_head(model, inputs, rows, run, *row_args, **options)
             self._columns[kind] = result.shape[1], result.dtype
             out = _Bridge.apply(result)
         else:

@@ -69,9 +69,9 @@ class LikelihoodLine:
     flops: int
 
 
-def default_estimators(rollout: Rollout, logits_shift: int = 0, block_size: int = 4) -> dict[str, Estimator]:
-    """The estimators of the report by name; those that a shifted family has no row for are left out."""
-    steps = int(rollout.num_steps.max())
+def default_estimators(rollout: Rollout, spec: MaskedDiffusionSpec, block_size: int = 4) -> dict[str, Estimator]:
+    """The estimators of the report by name; those that do not apply to the model are left out."""
+    steps = int(rollout.replayed_steps()[0].max()) + 1
     cuts = [n for n in (2, 4, 8, 16, 32, 64, 128) if n < steps]
     estimators = {
         "mean field (d1)": MeanField(),
@@ -88,7 +88,7 @@ def default_estimators(rollout: Rollout, logits_shift: int = 0, block_size: int 
 
     def applies(estimator: Estimator) -> bool:
         try:
-            estimator.check(logits_shift)
+            estimator.check(spec)
         except ValueError:
             return False
         return True
@@ -121,7 +121,7 @@ def likelihood_report(
     """
     spec = spec or MaskedDiffusionSpec.from_model(model)
     exact = exact or ExactTrajectory()
-    estimators = estimators or default_estimators(rollout, spec.logits_shift)
+    estimators = estimators or default_estimators(rollout, spec)
     temperature = rollout.temperature if temperature is None else temperature
     if rollout.support is not None:
         raise ValueError(

@@ -43,6 +43,7 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--num_samples", type=count, default=1, help="Completions a row, for pass@k.")
     parser.add_argument("--parser", default="default", help="Which of the task's parsers scores: default or d1.")
     parser.add_argument("--prefill", default="", help="Beginning of each answer, such as '<reasoning>'.")
+    parser.add_argument("--stop_strings", nargs="+", default=[], help="Each answer ends behind the first of these.")
     parser.add_argument("--protocol", choices=["free", "d1"], default="free", help="d1's settings, or the flags'.")
     parser.add_argument("--lengths", type=count, nargs="+", help="Canvas lengths of the d1 protocol.")
     parser.add_argument(
@@ -85,13 +86,16 @@ def main(args: argparse.Namespace) -> dict:
         for config in configs.values():
             facts = dry_run_decoding("eval", args.model_name_or_path, config, rows, args.batch_size, args.dtype)
         return facts
+    settings = {"split": args.split, "task_kwargs": args.task_kwargs, "protocol": args.protocol}
+    if args.stop_strings:
+        settings["stop_strings"] = args.stop_strings
     facts = {
         "batch_size": args.batch_size,
         "seed": args.seed,
         "num_samples": args.num_samples,
         "parser": args.parser,
         "prefill": args.prefill,
-        "settings": {"split": args.split, "task_kwargs": args.task_kwargs, "protocol": args.protocol},
+        "settings": settings,
         "machine": {"model": args.model_name_or_path, "adapter": args.adapter, "dtype": args.dtype},
     }
     # All folders are checked before the model loads, which takes none where all generations are there.
@@ -101,7 +105,9 @@ def main(args: argparse.Namespace) -> dict:
     complete = all((path / GENERATIONS).exists() for path in configs)
     model, tokenizer = (None, None) if complete else load_model(args)
     for path, config in configs.items():
-        summary = evaluate(model, tokenizer, task, dataset, config, path, identity=identity, **facts)
+        more = {"identity": identity, "stop_strings": args.stop_strings}
+        summary = evaluate(model, tokenizer, task, dataset, config, path, **more, **facts)
+
         _print(task.name, summary, path)
     return summary
 

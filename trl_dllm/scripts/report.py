@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> list:
     )
     if args.loss_tokens == "canvas":
         rollout = replace(rollout, counted=rollout.revealed)
-    estimators = default_estimators(rollout, MaskedDiffusionSpec.from_model(model).logits_shift, args.block_size)
+    estimators = default_estimators(rollout, MaskedDiffusionSpec.from_model(model), args.block_size)
     lines = likelihood_report(
         model, rollout, estimators, exact=exact_estimator(config.decoding), batch_size=args.batch_size
     )

@@ -33,8 +33,8 @@ def to_batch(rollout: Rollout, kept: Tensor) -> dict[str, Tensor]:
     }
 
 
-def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float, steps: int | None = None) -> Rollout:
-    """The rollout of a micro-batch; `steps` of the schedule it was drawn by, None for an adaptive one."""
+def from_batch(batch: dict[str, Tensor], facts: dict[str, Any]) -> Rollout:
+    """The rollout of a micro-batch; `facts` are its sampler's, see `DiffusionGenerationConfig.facts`."""
     return Rollout(
         prompt_ids=batch["prompt_ids"],
         prompt_mask=batch["prompt_mask"],
@@ -43,10 +43,8 @@ def from_batch(batch: dict[str, Tensor], mask_token_id: int, temperature: float,
         logps=batch["rollout_logps"],
         counted=batch["counted"],
         view_seed=batch["view_seed"],
-        mask_token_id=mask_token_id,
-        temperature=temperature,
         support=batch.get("support"),
-        steps=steps,
+        **facts,
     )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks import Blocks
 from ..likelihood import AnyOrder, Estimator, ExactTrajectory
 from ..models.spec import check_positions
 from ..rollout import Rollout, count_until_eos, left_pad
@@ -101,7 +102,9 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
                 "one row (they come repeated num_generations times)."
             )
     args, spec, device = trainer.args, trainer.spec, trainer.accelerator.device
-    steps = trainer.sampling.fixed_steps
+    facts = trainer.sampling.facts(spec)
+    steps = facts["steps"]
+    blocks = facts["blocks"] or Blocks(trainer.sampling.block_length, "canvas")
     length, vocabulary = args.canvas_length, trainer.model.config.get_text_config().vocab_size
     for row, prompt in enumerate(output["prompt_ids"]):
         where = f"rollout_func: row {row}: "
@@ -129,7 +132,8 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
             int(ends[row]),
             list(output["completion_ids"][row]),
             spec.mask_token_id,
-            trainer.sampling.block_length,
+            blocks.number(torch.ones(1, len(output["prompt_ids"][row]), dtype=torch.bool), length)[0, -length:],
+            blocks.size,
         )
     logps = _read_logps(output["logprobs"], counted, taken >= 0)
     if args.old_logps == "rollout" and not logps[counted].isfinite().all():
@@ -146,9 +150,7 @@ def read_rollout(trainer, output: dict[str, Any], rows: int) -> Rollout:
         logps=logps,
         counted=counted,
         view_seed=trainer._row_seeds(rows, "cpu"),
-        mask_token_id=spec.mask_token_id,
-        temperature=args.temperature,
-        steps=steps,
+        **facts,
     )
     return rollout.to(device)
 
@@ -173,6 +175,7 @@ def _check_trace(
     end: int,
     completion: list[int],
     mask_token_id: int,
+    blocks: Tensor,
     block_length: int,
 ) -> None:
     """Refuse a row whose steps are not those of a canvas that was revealed once, block by block, up to its EOS."""
@@ -204,7 +207,7 @@ def _check_trace(
             "an engine that revises tokens has no such trace."
         )
     last = -1
-    for number, block in enumerate(steps.view(-1, block_length)):
+    for number, block in enumerate(steps[blocks == n] for n in blocks.unique()):
         taken = block[block >= 0]
         if len(taken) and int(taken.min()) <= last:
             raise ValueError(

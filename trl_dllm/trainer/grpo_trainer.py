@@ -34,7 +34,6 @@ from ..generation import generate
 from ..likelihood import Estimator, Plan, TokenScores, check_estimator, compact, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
 from ..models.lora import register_lora_targets
-from ..models.spec import check_full_attention, check_unshifted
 from ..noise import row_seeds
 from ..rollout import Rollout, left_pad
 from .architecture import check_architecture
@@ -157,8 +156,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         self.spec = MaskedDiffusionSpec.from_config(config, tokenizer)
         refuse_sharded_integers(config, args, given.get("quantization_config"))
         self.estimator = estimator if estimator is not None else args.build_estimator()
-        check_full_attention(type(self.estimator).__name__, self.spec.block_size)
-        self.estimator.check(self.spec.logits_shift)
+        self.estimator.check(self.spec)
         args.check_estimator(self.estimator)
         if args.sync_ref_model and (given.get("peft_config") or hasattr(model, "peft_config")):
             raise ValueError(
@@ -168,8 +166,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         check_engine(args, given.get("rollout_func"))
         check_architecture(model, config, args, given.get("peft_config"))
         check_grpo_data(given, args, config, tokenizer)
-        if args.decoding == "any_order":
-            check_unshifted("decoding='any_order'", self.spec.logits_shift)
+        args.generation_config().check_model(self.spec)
         self._rollout: Rollout | None = None  # the generation batch, while TRL scores it
         self._rewards: Tensor | None = None  # and its rewards
         # (global step, generation batches drawn in it), of training and of evaluation: a run with evaluation, or
@@ -419,7 +416,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             inputs.pop("old_per_token_logps")  # the old policy is the current one: TRL takes its scores for both
         if self.model.training:
             self._window_step = self.state.global_step
-        rollout = from_batch(inputs, self.spec.mask_token_id, self.temperature, self.sampling.fixed_steps)
+        rollout = from_batch(inputs, self.sampling.facts(self.spec))
         if self.estimator.sub_samples(self.max_completion_length):
             scored = self.estimator.scored(rollout, rollout.view_seed, draw)
             inputs["completion_mask"] = sub_sample_weights(inputs["completion_mask"], scored)

@@ -40,7 +40,7 @@ MEANING = _names(
     "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant trainable_modules",
     # decoding
     "max_completion_length block_length diffusion_steps tokens_per_step remasking confidence_threshold stop_at_eos",
-    "decoding cache cfg_scale temperature top_p top_k min_p repetition_penalty generation_kwargs",
+    "decoding cache future_blocks cfg_scale temperature top_p top_k min_p repetition_penalty generation_kwargs",
     "cache_implementation use_vllm use_transformers_continuous_batching transformers_continuous_batching_config",
     "use_transformers_paged num_generations generation_batch_size",
     # the likelihood

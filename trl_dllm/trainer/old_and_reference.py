@@ -53,7 +53,7 @@ def policy_logps(trainer, model, batch: dict[str, Tensor], first: int = 0) -> Te
     Around the calls all is as TRL has it: no gradient, no checkpointing.
     """
     kwargs, draws = trainer.args.gradient_checkpointing_kwargs, trainer._num_draws
-    rollout = from_batch(batch, trainer.spec.mask_token_id, trainer.temperature, trainer.sampling.fixed_steps)
+    rollout = from_batch(batch, trainer.sampling.facts(trainer.spec))
     found = rollout.logps.new_zeros(len(rollout), draws, rollout.logps.shape[1])
     with disable_gradient_checkpointing(trainer.model, kwargs if isinstance(kwargs, dict) else None):
         for draw in range(first, draws):

@@ -19,8 +19,10 @@ from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ..blocks import Blocks
 from ..likelihood import View, score_view
-from ..likelihood.view import IGNORE
+from ..likelihood.plan import compact
+from ..likelihood.view import IGNORE, behind_clean
 from ..models import NEVER, Attention, MaskedDiffusionSpec
 from ..models.lora import register_lora_targets
 from ..models.spec import check_full_attention, check_unshifted
@@ -61,8 +63,9 @@ class AnswerCollator(DataCollatorForLanguageModeling):
     """TRL's collator, padding on the right, after each answer was filled with EOS.
 
     A row's answer is what its `labels` name, one stretch at its end. It is given an EOS if it has none, and EOS up to
-    `canvas_length` tokens or, where it is longer, to a multiple of `block_length`. An answer that `max_length` cut off
-    is left as it is: an EOS would teach the model to stop there.
+    `canvas_length` tokens or, where it is longer, to a multiple of `block_length`; for a block-causal model then to
+    the end of its last block. An answer that `max_length` cut off is left as it is: an EOS would teach the model to
+    stop there.
 
     Raises:
         ValueError: labels with a gap behind the first answer token.
@@ -72,6 +75,7 @@ class AnswerCollator(DataCollatorForLanguageModeling):
     canvas_length: int | None = None
     block_length: int | None = None
     max_length: int | None = None
+    blocks: Blocks | None = None
 
     def torch_call(self, examples: list[dict]) -> dict[str, Tensor]:
         """Batch rows of `input_ids` and `labels`: the same, (B, S), and `attention_mask`."""
@@ -93,6 +97,9 @@ class AnswerCollator(DataCollatorForLanguageModeling):
             ended = len(answer) + (self.eos_token_id not in answer)
             block = self.block_length or 1
             fill = max(self.canvas_length or 0, -(-ended // block) * block) - len(answer)
+            if self.blocks is not None:
+                aligned = len(ids) if self.blocks.alignment == "position" else len(answer)
+                fill += -(aligned + fill) % self.blocks.size
         return {"input_ids": ids + [self.eos_token_id] * fill, "labels": labels + [self.eos_token_id] * fill}
 
 
@@ -120,7 +127,8 @@ def masked_diffusion_view(
         args (`DiffusionSFTConfig`): `mask_eps` and `loss_weight` are read.
 
     Returns:
-        `View` of S columns; one forward.
+        `View` of S columns; one forward. For a block-causal model of up to 2S: each block is masked behind clean ones
+        (BD3LM), with one t for all of a row's blocks.
     """
     count = answer.sum(dim=1, keepdim=True)
     place = answer.long().cumsum(dim=1) - 1
@@ -136,7 +144,7 @@ def masked_diffusion_view(
     masked = (answer & (draw < t)) | (may_be_first & (may_be_first.cumsum(dim=1) == 1))
     weight = some(count) / t if args.loss_weight == "1/t" else torch.ones_like(t)
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    return View(
+    view = View(
         input_ids=input_ids.masked_fill(masked, spec.mask_token_id),
         position_ids=positions,
         attention=Attention.padding(attention_mask),
@@ -144,6 +152,11 @@ def masked_diffusion_view(
         index=positions,
         weight=(weight / count.clamp(min=1)).expand(input_ids.shape),
     )
+    if spec.blocks is None:
+        return view
+    prompt = answer.long().argmax(dim=1, keepdim=True)
+    block = spec.blocks.of(positions, prompt).masked_fill(attention_mask == 0, -1)
+    return compact(behind_clean(view, input_ids, block))
 
 
 def any_order_view(
@@ -195,9 +208,9 @@ def any_order_view(
 
 def check_objective(name: str, spec: MaskedDiffusionSpec) -> None:
     """Raise ValueError where a model family cannot be trained on the objective."""
-    check_full_attention(f"objective={name!r}", spec.block_size)
     if name == "any_order":
         check_unshifted("objective='any_order'", spec.logits_shift)
+        check_full_attention("objective='any_order'", spec.block_size, "Set objective='masked_diffusion'")
 
 
 # The config's `objective` names. Each builds the view of a batch whose weighted log-probs, negated, are the losses.
@@ -303,6 +316,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
                 canvas_length=args.canvas_length,
                 block_length=args.block_length,
                 max_length=args.max_length,
+                blocks=self.spec.blocks,
             )
         if trainable is not None:
             freeze_all_but(self.model, trainable)
@@ -345,7 +359,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
         view = OBJECTIVES[self.args.objective](
             inputs["input_ids"], inputs["attention_mask"], answer, self._seeds(inputs), self.spec, self.args
         )
-        scores = score_view(model, view, view.input_ids.shape[1], self.spec)
+        scores = score_view(model, view, inputs["input_ids"].shape[1], self.spec)
         if self.model.training:
             self._micro_step += 1
         loss = -scores.logps.sum()

@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ProcessorMixin
 
 from ..models import unwrap
+from ..models.spec import FACTS
 
 
 # field -> (accepted values, why it does not apply and what to do instead)
@@ -161,9 +162,13 @@ def read_config(model, args):
     """The config of a model that is given by name or in memory, before any weight is loaded."""
     if isinstance(model, str):
         try:
-            return AutoConfig.from_pretrained(model, **hub_kwargs(args))
+            config = AutoConfig.from_pretrained(model, **hub_kwargs(args))
         except OSError as error:  # which without a network does not say what it was looking for
             raise OSError(f"model_name_or_path={model!r} cannot be read: {error}") from error
+        for name, value in (args.model_init_kwargs or {}).items():
+            if name in FACTS and hasattr(config, name):  # as `from_pretrained` will
+                setattr(config, name, value)
+        return config
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}.")
     config = unwrap(model).config
