@@ -5,6 +5,8 @@ operations are those of real runs in `test_fake.py`.
 """
 
 import json
+import math
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_dllm import cli
 from trl_dllm.models import create_tiny_model
-from trl_dllm.recipe import find_accelerate_config
+from trl_dllm.recipe import find_accelerate_config, recipe_paths
 from trl_dllm.reports import dry_run
 from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts import grpo, sft
@@ -195,3 +197,26 @@ def test_a_dry_run_for_eight_processes_takes_this_one(tiny, config, capsys, monk
     cli.run("grpo", [*flags, "--dry_run", "true", "--accelerate_config", config, "--num_processes", "8"])
     out = capsys.readouterr().out
     assert "completions a generation batch │ 32" in " ".join(out.split()) and "GiB a GPU: total" in out
+
+
+def _recipes() -> list:
+    marks = {False: pytest.mark.slow, True: ()}
+    return [pytest.param(name, marks=marks[name.startswith("tiny")]) for name in recipe_paths()]
+
+
+@pytest.mark.parametrize("name", _recipes())
+def test_every_recipe_is_measured_within_a_minute(name, measured, no_gpu, no_hub, tmp_path, monkeypatch, capsys):
+    """Of eight processes, however they share; without a GPU, a Hub, data or earlier stages. Seconds of this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", 8)
+    command, start = name.split("/")[1], time.process_time()
+    args, model_args, found = measured(name)
+    totals = {}
+    for kind in ("ddp", "zero2", "zero3", "fsdp2"):
+        facts = dry_run.dry_run(command, args, model_args, Sharding(kind, 8), found)
+        totals[kind] = facts["GiB a GPU: total"]
+        assert "GiB a GPU: total" in capsys.readouterr().out and math.isfinite(totals[kind])
+    assert time.process_time() - start < 60
+    assert 0 < totals["zero2"] <= totals["ddp"]
+    if name.startswith("llada_8b"):
+        assert 3 < totals["fsdp2"] < totals["ddp"] < 110
