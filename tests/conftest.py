@@ -52,7 +52,7 @@ _FREE = {
 
 @pytest.fixture(scope="session")
 def measured():
-    """`measured(recipe, *flags)`: settings, model settings and what a dry run measures; once for those that are alike."""
+    """`measured(recipe, *flags)`: settings, model settings and what a dry run measures, once for those alike."""
     from trl_dllm.reports.dry_run import first_stage, measure
     from trl_dllm.scripts import grpo, sft
 

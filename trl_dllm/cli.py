@@ -8,21 +8,13 @@ Training commands take a recipe, overrides, and the arguments of `accelerate lau
 With one device and no launch argument they run in this process.
 """
 
-import json
 import sys
-from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from trl_dllm.command import Ended, one_line, run_script, take_debug
 from trl_dllm.recipe import find_accelerate_config
 from trl_dllm_cli import main
-
-
-if TYPE_CHECKING:
-    from trl_dllm.reports.memory import Sharding
 
 
 TRAINS = ("sft", "grpo")  # take a recipe, and may be launched on several processes
@@ -35,10 +27,12 @@ def run(command: str, argv: list[str]) -> None:
     with one_line(prog, debug):
         module = import_module(f"trl_dllm.scripts.{name}")
         if command in TRAINS:
+            dry = import_module("trl_dllm.scripts.dry")
             script_flags = {flag for action in module.make_parser()._actions for flag in action.option_strings}
             launch, script = split_launch_arguments(rest, script_flags)
-            if _is_dry(script):
-                _dry_run(prog, module, resolve_accelerate_config(launch), [*script, *["--debug"] * debug])
+            if dry.is_dry(script):
+                sharding = dry.sharding_of(resolve_accelerate_config(launch))
+                dry.run_dry(prog, module.make_parser, module.main, [*script, *["--debug"] * debug], sharding)
                 return
             if launch or _several_gpus():
                 _launch(prog, resolve_accelerate_config(launch), name, [*script, *["--debug"] * debug])
@@ -77,49 +71,6 @@ def resolve_accelerate_config(argv: list[str]) -> list[str]:
     if i + 1 == len(argv):
         raise ValueError("--accelerate_config needs a value: a file or a name such as zero2.")
     return ["--config_file", str(find_accelerate_config(argv[i + 1])), *argv[:i], *argv[i + 2 :]]
-
-
-def _is_dry(argv: list[str]) -> bool:
-    """Whether the arguments of a script ask for a dry run, as its parser reads a bool."""
-    words = [word for arg in argv for word in arg.split("=", 1)]
-    values = [after for word, after in zip(words, [*words[1:], ""], strict=True) if word == "--dry_run"]
-    return bool(values) and (values[-1].startswith("--") or values[-1].lower() in ("", "true", "t", "yes", "y", "1"))
-
-
-def _dry_run(prog: str, module: Any, launch: list[str], script: list[str]) -> None:
-    """A dry run for the processes that a launch would start; it takes this one alone."""
-    from transformers import TrainingArguments
-
-    sharding = sharding_of(launch)
-    with mock.patch.object(TrainingArguments, "world_size", sharding.processes):
-        run_script(prog, module.make_parser, partial(module.main, sharding=sharding), script)
-
-
-def sharding_of(launch: list[str]) -> "Sharding":
-    """How arguments of `accelerate launch`, with the config that they name, spread a step over processes."""
-    import torch
-    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
-    from accelerate.commands.launch import launch_command_parser
-    from accelerate.utils import DistributedType
-
-    from trl_dllm.reports.memory import Sharding
-
-    args = launch_command_parser().parse_args([*launch, "script"])
-    file = args.config_file or default_config_file
-    config = load_config_from_file(file) if launch and Path(file).is_file() else None
-    kind = None if config is None else config.distributed_type
-    processes = args.num_processes or getattr(config, "num_processes", None) or max(1, torch.cuda.device_count())
-    if args.use_deepspeed or kind == DistributedType.DEEPSPEED:
-        settings = {} if config is None else config.deepspeed_config
-        file = args.deepspeed_config_file or settings.get("deepspeed_config_file")
-        stage = args.zero_stage or settings.get("zero_stage")
-        if file:
-            stage = json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage", 0)
-        stage = 2 if stage is None else int(stage)  # accelerate's own
-        return Sharding(f"zero{stage}" if stage else "ddp", processes)
-    if args.use_fsdp or kind == DistributedType.FSDP:
-        return Sharding("fsdp2", processes)
-    return Sharding("ddp" if processes > 1 else "none", processes)
 
 
 def _several_gpus() -> bool:

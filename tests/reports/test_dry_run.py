@@ -6,6 +6,8 @@ operations are those of real runs in `test_fake.py`.
 
 import json
 import math
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from trl_dllm.recipe import find_accelerate_config, recipe_paths
 from trl_dllm.reports import dry_run
 from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts.dry import is_dry, sharding_of, sharding_of_launch
 
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "llada_8b"
@@ -181,13 +184,41 @@ CONFIGS = ("ddp", "zero2", "zero3", "fsdp")
 @pytest.mark.parametrize("config, kind", zip(CONFIGS, ("ddp", "zero2", "zero3", "fsdp2"), strict=True))
 def test_the_command_line_says_how_the_step_is_spread(config, kind, tmp_path):
     launch = cli.resolve_accelerate_config(["--accelerate_config", config, "--num_processes", "4"])
-    assert cli.sharding_of(launch) == Sharding(kind, 4)
-    assert cli.sharding_of(["--config_file", str(find_accelerate_config(config))]) == Sharding(kind, 8)
+    assert sharding_of(launch) == Sharding(kind, 4)
+    assert sharding_of(["--config_file", str(find_accelerate_config(config))]) == Sharding(kind, 8)
     settings = tmp_path / "ds.json"
     settings.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     flags = ["--use_deepspeed", "--deepspeed_config_file", str(settings), "--num_processes", "2"]
-    assert cli.sharding_of(flags) == Sharding("zero1", 2)
-    assert cli.sharding_of([]) == Sharding("none", 1)
+    assert sharding_of(flags) == Sharding("zero1", 2)
+    assert sharding_of([]) == Sharding("none", 1)
+
+
+def test_a_launched_process_knows_how_the_step_is_spread():
+    """By the variables that `accelerate launch` sets."""
+    deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "WORLD_SIZE": "8"}
+    assert sharding_of_launch(deepspeed) == Sharding("zero3", 8)
+    assert sharding_of_launch({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "4"}) == Sharding("fsdp2", 4)
+    assert sharding_of_launch({"WORLD_SIZE": "2"}) == Sharding("ddp", 2)
+    assert sharding_of_launch({}) == Sharding("none", 1)
+
+
+def test_the_flag_is_read_as_the_parser_reads_it():
+    for argv in ("--dry_run", "--dry_run=true", "--dry_run --beta 0", "--dry_run false --dry_run true"):
+        assert is_dry(argv.split())
+    for other in ("", "--dry_run false", "--dry_run=false", "--dry_run true --dry_run false"):
+        assert not is_dry(other.split())
+
+
+@pytest.mark.slow
+def test_accelerate_launch_itself_makes_one_dry_run(tiny):
+    """Two processes under ZeRO-3, of which the second has nothing to do."""
+    config, script = str(find_accelerate_config("zero3")), grpo.__file__
+    flags = words({"model_name_or_path": tiny, "output_dir": tiny, **TINY, "dry_run": "true"})
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
+    done = subprocess.run([*command, script, *flags], capture_output=True, text=True, timeout=300)
+    out = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "completions a generation batch │ 8" in out, done.stdout + done.stderr
+    assert out.count("dry run, no weights loaded") == 1 and "2, zero3" in out
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -206,7 +237,7 @@ def _recipes() -> list:
 
 @pytest.mark.parametrize("name", _recipes())
 def test_every_recipe_is_measured_within_a_minute(name, measured, no_gpu, no_hub, tmp_path, monkeypatch, capsys):
-    """Of eight processes, however they share; without a GPU, a Hub, data or earlier stages. Seconds of this process."""
+    """Of eight processes, however they share; without a GPU, a Hub, data or earlier stages. In seconds of a core."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(transformers.TrainingArguments, "world_size", 8)
     command, start = name.split("/")[1], time.process_time()

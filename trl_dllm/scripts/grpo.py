@@ -7,7 +7,6 @@ accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/s
 import sys
 from dataclasses import dataclass, field
 
-from trl_dllm.command import run_script
 from trl_dllm.reports.dry_run import dry_run
 from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts.common import (
@@ -19,6 +18,7 @@ from trl_dllm.scripts.common import (
     model_init_kwargs,
     train_and_save,
 )
+from trl_dllm.scripts.dry import run_launched
 from trl_dllm.scripts.rewards import resolve_rewards
 from trl_dllm.scripts.runs import begin_run
 from trl_dllm.trainer.grpo_config import DiffusionGRPOConfig
@@ -84,4 +84,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_script("trl-dllm grpo", make_parser, main, sys.argv[1:])
+    run_launched("trl-dllm grpo", make_parser, main, sys.argv[1:])
