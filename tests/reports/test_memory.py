@@ -1,6 +1,7 @@
 """What `Memory` counts, and what sharding makes of it."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def footprint(**changes) -> Footprint:
         "training": [Live(0, 4000, 3000), Live(2000, 4000, 500), Live(2000, 4100, 0)],
         "sampling": [Live(0, 4000, 200)],
     }
-    given = {"frozen": 1000, "trained": 2000, "reference": 600, "parameters": 1000, "size": 2, "size_zero3": 2}
+    given = {"frozen": 1000, "trained": 2000, "reference": 600, "parameters": 1000, "size": 2, "mixed": True}
     return Footprint(**{**given, "largest": 300, "peaks": peaks, **changes})
 
 
@@ -104,12 +105,16 @@ def test_zero3_gathers_the_policy_for_sampling_or_a_part_of_it():
     assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (375, 250, 1500)
 
 
-def test_adapters_are_of_the_models_type_under_zero3_alone():
-    """1000 float32 adapter weights on a bfloat16 model; DeepSpeed then keeps float32 copies of them."""
+def test_mixed_precision_gives_adapters_the_back_ends_type():
+    """1000 float32 adapter weights: DeepSpeed has them in bfloat16 and steps on float32 copies, FSDP2 does not."""
     lora = footprint(size=4, trained=4000, peaks={"training": [Live(4000, 8000, 0)]})
-    assert Sharding("zero2", 8).memory(lora)["optimizer"] == 1000
-    memory = Sharding("zero3", 8).memory(lora)
-    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (375, 250, 1000 + 500)
+    for kind, part in (("zero2", 1), ("zero3", 8)):
+        memory = Sharding(kind, 8).memory(lora)
+        assert (memory["weights"], memory["optimizer"]) == (3000 // part, 1000 + 500)
+        assert memory["gradients"] == 250
+    assert Sharding("fsdp2", 8).memory(lora)["gradients"] == 500
+    memory = Sharding("zero2", 8).memory(replace(lora, mixed=False))
+    assert (memory["weights"], memory["gradients"], memory["optimizer"]) == (5000, 500, 1000)
 
 
 def test_an_unknown_sharding_is_refused():

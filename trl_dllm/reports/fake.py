@@ -422,28 +422,22 @@ def _measure(build, begin, model_args, config) -> tuple[Footprint, Any]:
             watched.enter_context(memory)
             trainer.add_callback(_AtEnd(watched.close))
             trainer.train()
-        footprint = footprint_of(trainer.model, memory, reference, config)
+        args = trainer.args
+        footprint = footprint_of(trainer.model, memory, reference, mixed=args.bf16 or args.fp16)
     return footprint, trainer
 
 
-def footprint_of(model: nn.Module, memory: Memory, reference: nn.Module | None, config: Any) -> Footprint:
+def footprint_of(model: nn.Module, memory: Memory, reference: nn.Module | None, mixed: bool) -> Footprint:
     """What was measured of a step on these models."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    size = trained[0].element_size() if trained else 4
-    quantised = any(
-        getattr(model_, flag, False)
-        for model_ in model.modules()
-        for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit")
-    )
-    own = min((p.element_size() for p in model.parameters() if p.is_floating_point()), default=size)
     return Footprint(
         frozen=weight_bytes(model, trained=False),
         trained=weight_bytes(model, trained=True),
         reference=weight_bytes(reference) if reference is not None else 0,
         parameters=sum(p.numel() for p in trained),
-        size=size,
-        size_zero3=size if quantised else min(size, own),
-        largest=max((weight_bytes(part) for part in _parts(model)), default=0),
+        size=trained[0].element_size(),
+        mixed=mixed,
+        largest=max(weight_bytes(part) for part in _parts(model)),
         peaks=memory.peaks,
     )
 

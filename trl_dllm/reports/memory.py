@@ -172,7 +172,7 @@ class Footprint:
         frozen, trained, reference (`int`): bytes of weights.
         parameters (`int`): number of trained weights.
         size (`int`): bytes of one of them.
-        size_zero3 (`int`): bytes of one under ZeRO-3, where TRL makes adapters of the model's type.
+        mixed (`bool`): whether it is trained in mixed precision, as it is where `bf16` or `fp16` is set.
         largest (`int`): bytes of the largest part of the model that is gathered at a time under ZeRO-3 and FSDP2.
         peaks (`dict`): of `Memory`.
     """
@@ -182,7 +182,7 @@ class Footprint:
     reference: int
     parameters: int
     size: int
-    size_zero3: int
+    mixed: bool
     largest: int
     peaks: dict[str, list[Live]] = field(repr=False)
 
@@ -226,13 +226,15 @@ class Sharding:
         """Bytes a GPU at the fullest moment, by part; `total` is their sum.
 
         The stage's own rules, on what one process measured. ZeRO-1 divides optimizer states, ZeRO-2 gradients too,
-        ZeRO-3 and FSDP2 weights too, which are gathered a part at a time. DeepSpeed keeps float32 copies of trained
-        weights of another type, and their states are float32 like them; FSDP2 trains in float32. DDP reduces
-        gradients in buckets beside them.
+        ZeRO-3 and FSDP2 weights too, which are gathered a part at a time. In mixed precision DeepSpeed has trained
+        weights in two bytes and steps on float32 copies, whose states are float32 like them, and FSDP2 trains in
+        float32. DDP reduces gradients in buckets beside them.
         """
         part, kind = 1 / self.processes, self.kind
         deepspeed, whole = kind.startswith("zero"), kind in ("zero3", "fsdp2")
-        size = footprint.size_zero3 if kind == "zero3" else 4 if kind == "fsdp2" else footprint.size
+        size = footprint.size
+        if footprint.mixed:
+            size = 2 if deepspeed else 4 if kind == "fsdp2" else size
         scale, share = size / footprint.size, part if whole else 1.0
         weights = (footprint.frozen + footprint.trained * scale) * share
         master = 4 * footprint.parameters * part if deepspeed and size < 4 else 0
