@@ -14,6 +14,8 @@ import trl_dllm
 
 PACKAGE = Path(trl_dllm.__file__).parent
 PUBLIC = [
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
     "DiffusionGRPOConfig",
     "DiffusionGRPOTrainer",
     "DiffusionSFTConfig",
