@@ -54,13 +54,13 @@ _FREE = {
 def measured():
     """`measured(recipe, *flags)`: settings, model settings and what a dry run measures, once for those alike."""
     from trl_dllm.reports.dry_run import first_stage, measure
-    from trl_dllm.scripts import grpo, sft
+    from trl_dllm.scripts import dpo, grpo, sft
 
     cache = {}
 
     def get(recipe: str, *flags: str):
         command = recipe.split("/")[1]
-        parser = {"grpo": grpo, "sft": sft}[command].make_parser()
+        parser = {"grpo": grpo, "sft": sft, "dpo": dpo}[command].make_parser()
         _, args, model_args = parser.parse_args_and_config(["--config", recipe, "--dry_run", "true", *flags])
         settings = {**vars(args), **vars(model_args), "model_name_or_path": first_stage(model_args.model_name_or_path)}
         key = str({name: str(value) for name, value in settings.items() if name not in _FREE and name[0] != "_"})

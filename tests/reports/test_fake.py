@@ -11,7 +11,7 @@ from helpers_flops import flop_counter
 from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
-from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTTrainer
+from trl_dllm import DiffusionDPOTrainer, DiffusionGRPOTrainer, DiffusionSFTTrainer
 from trl_dllm.generation import DiffusionGenerationConfig, generate
 from trl_dllm.likelihood import AnyOrder, Plan, compact, score_view
 from trl_dllm.models import MaskedDiffusionSpec, create_tiny_model
@@ -21,11 +21,12 @@ from trl_dllm.reports.fake import (
     make_model,
     make_tokenizer,
     measure_decoding,
+    measure_dpo,
     measure_grpo,
     measure_sft,
 )
 from trl_dllm.reports.memory import Memory, weight_bytes
-from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts import dpo, grpo, sft
 
 
 SETTINGS = {
@@ -89,8 +90,13 @@ def real_run(script, args, model_args, config, steps: int = 2):
             **common,
         )
     else:
-        row = {"prompt": "1" * PROMPT, "completion": "1" * (args.max_length - PROMPT - 1)}
-        trainer = DiffusionSFTTrainer(model, args, train_dataset=Dataset.from_list([row] * 64), **common)
+        answer = args.max_length - PROMPT - 1
+        row, trainer_class = {"prompt": "1" * PROMPT, "completion": "1" * answer}, DiffusionSFTTrainer
+        if script is dpo:
+            row = {"prompt": "1" * PROMPT, "chosen": "1" * answer, "rejected": "2" * answer}
+            trainer_class = DiffusionDPOTrainer
+            model.config._name_or_path = ""
+        trainer = trainer_class(model, args=args, train_dataset=Dataset.from_list([row] * 64), **common)
     models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
     gc.collect()
     with Memory(*models) as memory:
@@ -100,7 +106,7 @@ def real_run(script, args, model_args, config, steps: int = 2):
 
 def check(script, folder, config, **settings):
     args, model_args = parsed(script, folder, **settings)
-    measure = measure_grpo if script is grpo else measure_sft
+    measure = {grpo: measure_grpo, sft: measure_sft, dpo: measure_dpo}[script]
     measured = measure(args, model_args, config)
     trainer, peak = real_run(script, args, model_args, config)
     assert measured.footprint.total == pytest.approx(peak, rel=0.1)
@@ -157,6 +163,13 @@ def test_memory_of_fine_tuning_is_that_of_a_real_run(tmp_path, objective):
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     assert measured.footprint.parameters == trained
     assert (trained == 2 * 3 * 64 * 64) == (objective == "any_order")
+
+
+@pytest.mark.parametrize("peft", [{}, LORA], ids=["full", "lora"])
+def test_memory_of_preferences_is_that_of_a_real_run(tmp_path, peft):
+    """VRPO with a reference beside the policy, or the policy without its adapter."""
+    settings = {"max_length": 240, "gradient_checkpointing": "true", "task": None, "dataset_name": "none", **peft}
+    check(dpo, tmp_path, config_of(64, 2), **settings, num_samples=4)
 
 
 def test_4_bit_weights_are_as_large_as_real_ones(tmp_path):

@@ -86,16 +86,17 @@ def count_parameters(config) -> int:
 
 def measure(command: str, args, model_args) -> "Measured":
     """What a step takes on one process."""
-    from .fake import measure_grpo, measure_sft  # and with it the trainers
+    from . import fake  # and with it the trainers
 
     config = read_config(model_args.model_name_or_path)
-    return (measure_grpo if command == "grpo" else measure_sft)(args, model_args, config)
+    measures = {"grpo": fake.measure_grpo, "sft": fake.measure_sft, "dpo": fake.measure_dpo}
+    return measures[command](args, model_args, config)
 
 
 def describe(
     command: str, args, model_args, sharding: Sharding | None = None, measured: "Measured | None" = None
 ) -> dict:
-    """The numbers of a run of `grpo` or `sft`, by name.
+    """The numbers of a run of `grpo`, `sft` or `dpo`, by name.
 
     FLOPs are of all processes, memory is of one: both for prompts of 200 tokens, and completions that fill their
     canvas. `sharding` says how the step is spread over them; None reads it from the settings. `measured` saves a
@@ -113,9 +114,9 @@ def describe(
     }
     step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     flops = {part: float(number * processes) for part, number in measured.flops.items()}
-    if command == "sft":
-        facts["rows an optimizer step"] = step_rows
-        facts["FLOPs an optimizer step, counted"] = sum(flops.values())
+    if command != "grpo":
+        facts["pairs an optimizer step" if command == "dpo" else "rows an optimizer step"] = step_rows
+        facts |= {f"FLOPs an optimizer step, counted: forwards {part}": number for part, number in flops.items()}
     else:
         facts["completions an optimizer step"] = step_rows
         facts |= generation_batch(args, parameters, measured.footprint.parameters < parameters)
@@ -146,9 +147,11 @@ def generation_batch(args, parameters: int, frozen_backbone: bool) -> dict:
     return facts
 
 
-def dry_run(command: str, args, model_args, sharding: Sharding | None = None) -> dict:
+def dry_run(
+    command: str, args, model_args, sharding: Sharding | None = None, measured: "Measured | None" = None
+) -> dict:
     """Print `describe` as a table, and return it."""
-    return _print(command, describe(command, args, model_args, sharding))
+    return _print(command, describe(command, args, model_args, sharding, measured))
 
 
 def dry_run_decoding(command: str, name: str, config, rows: int, batch_size: int, dtype: str = "bfloat16") -> dict:

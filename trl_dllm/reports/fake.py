@@ -35,8 +35,9 @@ from ..models import MaskedDiffusionSpec, TrainingFlops, unwrap
 from ..models import head as head_module
 from ..models.lora import register_lora_targets
 from ..models.tiny import create_tiny_tokenizer
-from ..trainer import grpo_trainer
+from ..trainer import dpo_trainer, grpo_trainer
 from ..trainer import reference as reference_module
+from ..trainer.dpo_trainer import DiffusionDPOTrainer
 from ..trainer.grpo_trainer import DiffusionGRPOTrainer
 from ..trainer.segmented_backward import segmented_backward
 from ..trainer.sft_trainer import DiffusionSFTTrainer
@@ -170,7 +171,7 @@ class Calls:
     scored: bool = False  # what is scored without gradients was run
     complete: bool = False  # what is run with gradients was run
     over: bool = False  # and its backward pass
-    shapes: list[tuple[int, int, int]] = field(default_factory=list)  # (rows, width, head rows) with gradients
+    shapes: list[tuple[int, int, int, bool]] = field(default_factory=list)  # (rows, width, head rows, with gradients)
     _run: dict[Any, list[tuple[int, ...]]] = field(default_factory=dict)  # sizes that were run
     _columns: dict[Any, tuple[int, torch.dtype]] = field(default_factory=dict)  # of each kind of result
 
@@ -182,14 +183,14 @@ class Calls:
                 if hasattr(module, "apply_head"):
                     stack.enter_context(mock.patch.object(module, "apply_head", self.apply_head))
             stack.enter_context(mock.patch.object(reference_module, "hidden_rows", self.hidden_rows))
-            stack.enter_context(mock.patch.object(grpo_trainer, "segmented_backward", self.segmented_backward))
+            for module in (grpo_trainer, dpo_trainer):
+                stack.enter_context(mock.patch.object(module, "segmented_backward", self.segmented_backward))
             yield
 
     def apply_head(self, model, inputs: dict, rows: Tensor, reduce: Callable, *row_args: Tensor, **options) -> Tensor:
         kind, training = reduce.__code__, torch.is_grad_enabled()
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if training:
-            self.shapes.append((ids.shape[0], ids.shape[1], len(rows)))
+        self.shapes.append((ids.shape[0], ids.shape[1], len(rows), training))
         size = (ids.numel(), mask.numel() if isinstance(mask, Tensor) else 0, len(rows))
         if self._is_new((kind, training), size):
             if training and self.accumulates:
@@ -258,7 +259,7 @@ def _without_devices(model_of: Callable[..., nn.Module]) -> Iterator[None]:
         stack.enter_context(mock.patch.dict(os.environ, alone))
         stack.enter_context(mock.patch("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None))
         stack.enter_context(mock.patch.object(nn.Module, "to", lambda self, *args, **kwargs: self))
-        for module in ("grpo_trainer", "sft_trainer"):
+        for module in ("grpo_trainer", "sft_trainer", "dpo_trainer"):
             stack.enter_context(mock.patch(f"trl.trainer.{module}.create_model_from_path", model_of))
         yield
 
@@ -365,23 +366,35 @@ def measure_grpo(args: Any, model_args: Any, config: Any) -> Measured:
 
 def measure_sft(args: Any, model_args: Any, config: Any) -> Measured:
     """Run an SFT recipe on fake tensors; operations are those of an optimizer step."""
+    answer = args.canvas_length or (args.max_length or 1024) - PROMPT
+    row = {"prompt": "1" * PROMPT, "completion": "1" * max(1, answer - 1)}  # and an EOS
+    return _measure_rows(DiffusionSFTTrainer, row, args, model_args, config)
+
+
+def measure_dpo(args: Any, model_args: Any, config: Any) -> Measured:
+    """Run a DPO recipe on fake tensors; operations are those of an optimizer step."""
+    answer = max(2, (args.max_length or 1024) - PROMPT) - 1
+    row = {"prompt": "1" * PROMPT, "chosen": "1" * answer, "rejected": "2" * answer}
+    return _measure_rows(DiffusionDPOTrainer, row, args, model_args, config)
+
+
+def _measure_rows(trainer_class: type, row: dict, args: Any, model_args: Any, config: Any) -> Measured:
+    """Run an optimizer step on rows that are all alike."""
     with tempfile.TemporaryDirectory() as folder:
         args = _quiet(args, folder)
         args.max_steps = 1
-        answer = args.canvas_length or (args.max_length or 1024) - PROMPT
-        row = {"prompt": "1" * PROMPT, "completion": "1" * max(1, answer - 1)}  # and an EOS
         rows = [row] * (args.gradient_accumulation_steps * args.per_device_train_batch_size)
+        held: list[Calls] = []
 
         def build(**kwargs):
-            return DiffusionSFTTrainer(args=args, train_dataset=Dataset.from_list(rows), **kwargs)
+            return trainer_class(args=args, train_dataset=Dataset.from_list(rows), **kwargs)
 
-        def begin(trainer, memory, calls):
-            trainer.calls = calls
-
-        footprint, trainer = _measure(build, begin, model_args, config)
+        footprint, trainer = _measure(build, lambda trainer, memory, calls: held.append(calls), model_args, config)
         count = TrainingFlops(trainer.model)
-        counted = sum(count.view(rows, width, scored, training=True) for rows, width, scored in trainer.calls.shapes)
-    return Measured(footprint, {"updates": counted})
+        flops = {"without": 0, "with": 0}
+        for number, width, scored, training in held[0].shapes:
+            flops["with" if training else "without"] += count.view(number, width, scored, training)
+    return Measured(footprint, {f"{part} gradients": number for part, number in flops.items() if number})
 
 
 class _AtEnd(TrainerCallback):
