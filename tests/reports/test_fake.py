@@ -241,20 +241,21 @@ def test_truncated_draws_are_measured_too(tmp_path):
     assert measure_grpo(args, model_args, config_of(32, 2)).footprint.total > 0
 
 
+FEW = {"num_segments": 2, "diffusion_steps": 2, "gradient_accumulation_steps": 1}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
-        {**STEP_MERGE, **LORA, "gradient_checkpointing": "true", "beta": 0.04},
-        {**STEP_MERGE, "gradient_checkpointing": "false", "beta": 0.04},
-        {**ANY_ORDER, "gradient_checkpointing": "false", "num_iterations": 2},
-        {**ANY_ORDER, **LORA, "gradient_checkpointing": "true", "dtype": "bfloat16", "bf16": "true"},
+        {**STEP_MERGE, **LORA, **FEW, "gradient_checkpointing": "true", "beta": 0.04},
+        {**STEP_MERGE, **FEW, "gradient_checkpointing": "false", "beta": 0.04},
+        {**ANY_ORDER, "gradient_checkpointing": "false", "diffusion_steps": 4, "gradient_accumulation_steps": 1},
     ],
-    ids=["step_merge_lora", "step_merge", "any_order", "any_order_lora_bf16"],
+    ids=["step_merge_lora", "step_merge", "any_order"],
 )
 def test_memory_is_that_of_a_real_run_at_50_million_parameters(tmp_path, settings):
-    config = config_of(512, 12)
-    config.vocab_size = 16384
+    config = config_of(512, 5)
+    config.vocab_size = 32768
     _, trainer, _ = check(grpo, tmp_path, config, **settings, per_device_train_batch_size=2, num_generations=2)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    assert 45e6 < parameters < 70e6
+    assert 45e6 < sum(p.numel() for p in trainer.model.parameters()) < 60e6
