@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from trl import get_peft_config
 
 from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm.models import backbone_parameters
 from trl_dllm.recipe import load_recipe, recipe_paths
-from trl_dllm.reports.dry_run import describe
+from trl_dllm.reports.dry_run import generation_batch
 from trl_dllm.scripts.grpo import make_parser
 
 
@@ -99,7 +100,7 @@ def test_the_tiny_twin_of_a_recipe_trains_ten_steps(tmp_path, path):
             assert getattr(args, key) == recipe[key], f"{key} is the recipe's"
     model, tokenizer = tiny(scale=8.0)
     model.config.save_pretrained(tmp_path)
-    foreseen = describe("grpo", args, model_args)
+    foreseen = generation_batch(args, backbone_parameters(model), frozen_backbone=bool(model_args.use_peft))
     callback = Gradients()
     trainer = DiffusionGRPOTrainer(
         model,

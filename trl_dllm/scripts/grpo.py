@@ -7,8 +7,8 @@ accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/s
 import sys
 from dataclasses import dataclass, field
 
-from trl_dllm.command import run_script
 from trl_dllm.reports.dry_run import dry_run
+from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts.common import (
     ModelArguments,
     RecipeParser,
@@ -18,6 +18,7 @@ from trl_dllm.scripts.common import (
     model_init_kwargs,
     train_and_save,
 )
+from trl_dllm.scripts.dry import run_launched
 from trl_dllm.scripts.rewards import resolve_rewards
 from trl_dllm.scripts.runs import begin_run
 from trl_dllm.trainer.grpo_config import DiffusionGRPOConfig
@@ -46,11 +47,16 @@ def make_parser(prog: str | None = None) -> RecipeParser:
     return RecipeParser((DiffusionGRPOScriptArguments, DiffusionGRPOConfig, ModelArguments), prog=prog)
 
 
-def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPOConfig, model_args: ModelArguments):
+def main(
+    script_args: DiffusionGRPOScriptArguments,
+    training_args: DiffusionGRPOConfig,
+    model_args: ModelArguments,
+    sharding: Sharding | None = None,
+):
     check_named(script_args, model_args)
     rewards = resolve_rewards(script_args.task, script_args.reward_funcs, script_args.reward_model_name_or_path)
     if script_args.dry_run:
-        return dry_run("grpo", training_args, model_args)
+        return dry_run("grpo", training_args, model_args, sharding)
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionGRPOTrainer
@@ -78,4 +84,4 @@ def main(script_args: DiffusionGRPOScriptArguments, training_args: DiffusionGRPO
 
 
 if __name__ == "__main__":
-    run_script("trl-dllm grpo", make_parser, main, sys.argv[1:])
+    run_launched("trl-dllm grpo", make_parser, main, sys.argv[1:])
