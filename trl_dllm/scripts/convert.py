@@ -79,7 +79,7 @@ def mask_tokenizer(name: str, mask_token_id: int):
     """
     from transformers import GPT2Tokenizer
 
-    tokenizer = GPT2Tokenizer.from_pretrained(name)
+    tokenizer = GPT2Tokenizer.from_pretrained(name, padding_side="left")
     if len(tokenizer) < 2:  # what transformers makes of a folder without vocabulary
         raise FileNotFoundError(f"tokenizer={name!r} holds no vocabulary. Copy GPT-2's files there, or pass --tokenizer.")
     if len(tokenizer) == mask_token_id:
@@ -92,7 +92,6 @@ def mask_tokenizer(name: str, mask_token_id: int):
             "last one. Pass GPT-2's own with --tokenizer."
         )
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"
     return tokenizer
 
 
