@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..likelihood.view import IGNORE
 from ..models import DreamConfig, LLaDAConfig, TrainingFlops, backbone_parameters
+from ..models.eso_lm import EsoLMConfig
 from ..models.hub import HubConfig
 from ..models.illada import ILLaDAConfig
 from ..models.llada_moe import LLaDAMoEConfig
@@ -38,6 +39,7 @@ _PUBLISHED: dict[str, Callable[[], HubConfig]] = {
     "llada-1.5": LLaDAConfig,
     "dream": _dream,
     "diffucoder": _dream,
+    "eso_lm": EsoLMConfig,  # converted
 }
 
 
