@@ -13,7 +13,7 @@ LABELS = ["neutral", "toxic", "odd"]
 POSITIONS = 40  # tokens that it takes, special ones among them
 
 
-def write_classifier(folder: Path, num_labels: int = len(LABELS), **settings) -> str:
+def write_classifier(folder: Path, num_labels: int = len(LABELS), seed: int = 0, **settings) -> str:
     tokenizer = create_tiny_tokenizer()
     special = [(tokenizer.bos_token, tokenizer.bos_token_id), (tokenizer.eos_token, tokenizer.eos_token_id)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -36,7 +36,7 @@ def write_classifier(folder: Path, num_labels: int = len(LABELS), **settings) ->
         **settings,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         RobertaForSequenceClassification(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
