@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
 
+from trl_dllm import cli
 from trl_dllm.likelihood import AnyOrder, token_logps
 from trl_dllm.models import MaskedDiffusionSpec
 from trl_dllm.models.eso_lm import EsoLMConfig, EsoLMForCausalLM
@@ -220,8 +221,8 @@ def test_what_cannot_be_converted_is_refused(tmp_path, change, message):
 
 
 def test_folders_that_are_none(tmp_path):
-    with pytest.raises(FileNotFoundError, match="checkpoint='nowhere' is no folder with a config.json. Download one"):
-        run("eso_lm", "nowhere", tmp_path / "converted")
+    with pytest.raises(SystemExit, match="^trl-dllm convert: checkpoint='nowhere' is no folder with a config.json. Down"):
+        cli.main(["convert", "eso_lm", "nowhere", str(tmp_path / "converted")])
     write_original(tmp_path / "hub")
     with pytest.raises(ValueError, match="is the checkpoint's own folder; name another"):
         run("eso_lm", tmp_path / "hub", tmp_path / "other" / ".." / "hub")
