@@ -95,6 +95,15 @@ def test_any_order_grpo_of_llada_8b_is_d2s():
     assert [name.split("_")[0] for name in script_args.reward_funcs] == ["d1"] * 5
 
 
+def test_grpo_of_the_published_any_order_llada_differs_in_the_checkpoint_alone():
+    ours, published = (load_recipe(NAMES[f"llada_8b/grpo/gsm8k_{name}"]) for name in ("any_order", "ao_llada"))
+    assert published["model_name_or_path"] == "GuanghanWang/d2_anyorder_causal_llada_intellectsft_gsm8k"
+    assert {key for key in ours | published if ours.get(key) != published.get(key)} == {
+        "model_name_or_path",
+        "output_dir",
+    }
+
+
 def test_tiny_any_order_recipes_differ_from_their_baselines_in_the_likelihood_alone():
     """DDPO: exact, unclipped, no KL, group advantages; diffu-GRPO: the mean field of the tokens; StepMerge."""
     _, ours, model = parse("tiny_llada/grpo/sudoku_any_order")
@@ -123,7 +132,7 @@ def test_toxicity_of_eso_lm_is_d2s(name):
     assert script_args.reward_model_name_or_path == "s-nlp/roberta_toxicity_classifier"
     assert (args.estimator, args.decoding, args.cache) == ("any_order", "any_order", "exact")
     assert args.generation_config().schedule == [1] * 512 == [1] * args.max_completion_length
-    assert (args.temperature, args.score_temperature, args.remasking) == (1.0, 1.0, "random")
+    assert (args.temperature, args.score_temperature, args.remasking) == (1.0, None, "random")  # the sampling one
     assert (args.num_generations, args.per_device_train_batch_size, args.generation_batch_size) == (16, 4, 16)
     assert (args.beta, args.epsilon, args.scale_rewards, args.loss_tokens) == (0, 1e9, "group", "canvas")
     assert args.loss_type == {"toxicity": "grpo", "toxicity_ddpo": "dr_grpo"}[name]
