@@ -29,7 +29,7 @@ test-slow: $(VENV)/dev
 
 # The slow tests hold every pair of them.
 test-sharding: $(VENV)/dev
-	TRL_DLLM_SHARDING=all $(BIN)/python -m pytest -m slow tests/trainer/test_grpo_distributed.py tests/trainer/test_sft_distributed.py
+	TRL_DLLM_SHARDING=all $(BIN)/python -m pytest -m slow tests/trainer/test_grpo_distributed.py tests/trainer/test_sft_distributed.py tests/trainer/test_dpo_distributed.py
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ COMMANDS = {
     "init-tiny": "write a randomly initialised tiny model and tokenizer",
     "sft": "fine-tune a masked diffusion model on prompts and answers",
     "grpo": "train a masked diffusion model with GRPO",
+    "dpo": "train a masked diffusion model on preferences (VRPO)",
     "eval": "evaluate a model on a task",
     "generate": "complete prompts",
     "report": "compare likelihood estimates with what a model draws",

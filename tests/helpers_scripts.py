@@ -33,6 +33,11 @@ GRPO = {
     "num_generations": 4,
     "num_segments": 2,
 }
+DPO = {
+    **{key: value for key, value in SFT.items() if key != "canvas_length"},
+    "rejected_kwargs": {"answer_noise": 0.5},
+    "num_samples": 2,
+}
 
 
 def write_recipe(folder: Path, settings: dict, **changes) -> str:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers_scripts import GRPO, SFT, write_recipe
+from helpers_scripts import DPO, GRPO, SFT, write_recipe
 
 import trl_dllm
 from trl_dllm import cli
@@ -63,10 +63,11 @@ def test_an_unknown_command_is_refused(argv, capsys):
 
 
 def test_every_command_runs_one_after_the_other(tmp_path, capsys):
-    tiny, fine_tuned, trained = (str(tmp_path / name) for name in ("tiny", "sft", "grpo"))
+    tiny, fine_tuned, preferring, trained = (str(tmp_path / name) for name in ("tiny", "sft", "dpo", "grpo"))
     cli.main(["init-tiny", tiny, "--hidden_size", "16", "--num_layers", "1"])
     cli.main(["sft", "--config", write_recipe(tmp_path, SFT, model_name_or_path=tiny, output_dir=fine_tuned)])
-    config = write_recipe(tmp_path, GRPO, model_name_or_path=fine_tuned, output_dir=trained)
+    cli.main(["dpo", "--config", write_recipe(tmp_path, DPO, model_name_or_path=fine_tuned, output_dir=preferring)])
+    config = write_recipe(tmp_path, GRPO, model_name_or_path=preferring, output_dir=trained)
     cli.main(["grpo", "--config", config, "--learning_rate", "1e-4"])
     common = ["--model_name_or_path", trained, "--max_new_tokens", "16"]
     evaluation = str(tmp_path / "eval")

@@ -19,14 +19,14 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers_scripts import GRPO, SFT
+from helpers_scripts import DPO, GRPO, SFT
 from transformers import PreTrainedModel
 
 from trl_dllm import cli
-from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts import dpo, grpo, sft
 
 
-SCRIPTS: dict[str, tuple[ModuleType, dict[str, Any]]] = {"grpo": (grpo, GRPO), "sft": (sft, SFT)}
+SCRIPTS: dict[str, tuple[ModuleType, dict[str, Any]]] = {"grpo": (grpo, GRPO), "sft": (sft, SFT), "dpo": (dpo, DPO)}
 
 # Fields that reach beyond the run, or take long: they get wrong values, but no other right one.
 BEYOND = """
@@ -117,6 +117,23 @@ RIGHT: dict[str, dict[str, list[Any]]] = {
         "completion_only_loss": [True],
         "packing": [False, True],
     },
+    "dpo": {
+        "estimator": ["elbo", "coupled_elbo"],
+        "num_samples": [1, 2, 4, "2"],
+        "loss_type": ["ipo", ["sigmoid", "sft"], ["aot"], "exo_pair"],
+        "loss_weights": [[0.5], [1, 2]],
+        "beta": [0.1, "0.2", 0],
+        "label_smoothing": [0, 0.1, 0.5],
+        "f_divergence_type": ["forward_kl", "js_divergence", "alpha_divergence"],
+        "ld_alpha": [0, 1, 0.5],
+        "use_weighting": [False, True],
+        "precompute_ref_log_probs": [True],
+        "sync_ref_model": [True, False],
+        "ref_model_sync_steps": [1],
+        "max_length": [None, 12, 64],
+        "dataloader_drop_last": [True],
+        "rejected_kwargs": [{"answer_noise": 1}, '{"answer_noise": 0.9}', {"max_blanks": 9, "answer_noise": 0.4}],
+    },
 }  # fmt: skip
 
 # Settings that each is right but for the others, or wrong in one plain way.
@@ -159,6 +176,24 @@ CONTRADICTIONS: dict[str, list[dict[str, Any]]] = {
         {"max_length": 4, "canvas_length": 5000},
         {"use_peft": True, "trainable_modules": ["q_proj"]},
         {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+    ],
+    "dpo": [
+        {"rejected_kwargs": None},
+        {"rejected_kwargs": {"answer_noise": 0}},
+        {"rejected_kwargs": {"answer_noises": 0.5}},
+        {"rejected_kwargs": {"seed": 3}},
+        {"rejected_kwargs": "{answer_noise: 3}"},
+        {"task": None, "dataset_name": "some/data", "rejected_kwargs": {"answer_noise": 0.5}},
+        {"task": "gsm8k", "rejected_kwargs": {"answer_noise": 0.5}},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]},
+        {"loss_type": ["aot"], "f_divergence_type": "forward_kl"},
+        {"estimator": "coupled_elbo", "num_samples": 3},
+        {"estimator": "step_merge"},
+        {"sync_ref_model": True, "precompute_ref_log_probs": True},
+        {"sync_ref_model": True, "use_peft": True, "lora_target_modules": ["q_proj"]},
+        {"max_length": 4},
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+        {"dry_run": True},
     ],
     "grpo": [
         {"tokens_per_step": 2},
@@ -211,9 +246,9 @@ class Case:
         names: of which an error must name one.
     """
 
-    def __init__(self, number: int, folder: Path, model: str):
+    def __init__(self, number: int, folder: Path, model: str, command: str | None = None):
         self.draw = random.Random(f"recipe/{number}")
-        self.command = self.draw.choice(["grpo", "grpo", "sft"])
+        self.command = command or self.draw.choice(["grpo", "grpo", "sft"])
         self.script, base = SCRIPTS[self.command]
         self.names: list[str] = []
         own = {"model_name_or_path": model, "output_dir": str(folder / "out"), "max_steps": 1}
@@ -344,3 +379,18 @@ def test_many_mutated_recipes_are_refused_by_name_or_run_as_they_say(
     number, tmp_path, monkeypatch, capsys, tiny_checkpoint
 ):
     check(Case(number, tmp_path, tiny_checkpoint), tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("number", range(1000, 1020))
+def test_a_mutated_recipe_of_preferences_is_refused_by_name_or_runs_as_it_says(
+    number, tmp_path, monkeypatch, capsys, tiny_checkpoint
+):
+    check(Case(number, tmp_path, tiny_checkpoint, "dpo"), tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1020, 1170))
+def test_many_mutated_recipes_of_preferences_are_refused_by_name_or_run_as_they_say(
+    number, tmp_path, monkeypatch, capsys, tiny_checkpoint
+):
+    check(Case(number, tmp_path, tiny_checkpoint, "dpo"), tmp_path, monkeypatch, capsys)

@@ -12,7 +12,7 @@ from trl_dllm.recipe import (
     recipe_paths,
     render_recipe,
 )
-from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts import dpo, grpo, sft
 
 
 NAME = "llada_8b/grpo/gsm8k_step_merge"
@@ -236,7 +236,7 @@ def test_a_recipe_that_cannot_be_merged_line_by_line_is_refused(files):
 def parsed(path, script):
     """What the script gets from a recipe; bfloat16 training is refused by transformers on a CPU."""
     script_args, args, model_args = (
-        {"grpo": grpo, "sft": sft}[script]
+        {"dpo": dpo, "grpo": grpo, "sft": sft}[script]
         .make_parser()
         .parse_args_and_config(["--config", str(path), "--use_cpu", "true", "--bf16", "false"])
     )

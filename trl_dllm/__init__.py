@@ -14,6 +14,8 @@ from .rollout import Rollout
 
 
 _LAZY = {
+    "DiffusionDPOConfig": ".trainer.dpo_config",
+    "DiffusionDPOTrainer": ".trainer.dpo_trainer",
     "DiffusionGRPOConfig": ".trainer.grpo_config",
     "DiffusionGRPOTrainer": ".trainer.grpo_trainer",
     "DiffusionSFTConfig": ".trainer.sft_config",

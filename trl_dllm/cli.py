@@ -17,7 +17,7 @@ from trl_dllm.recipe import find_accelerate_config
 from trl_dllm_cli import main
 
 
-TRAINS = ("sft", "grpo")  # take a recipe, and may be launched on several processes
+TRAINS = ("sft", "grpo", "dpo")  # take a recipe, and may be launched on several processes
 
 
 def run(command: str, argv: list[str]) -> None:

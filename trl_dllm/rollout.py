@@ -156,8 +156,8 @@ class Rollout:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     @staticmethod
-    def scheduled(canvas_length: int, steps: int) -> "Rollout":
-        """One row without a prompt, all of whose canvas was revealed evenly in `steps` steps.
+    def scheduled(canvas_length: int, steps: int, blocks: Blocks | None = None) -> "Rollout":
+        """One row without a prompt, all of whose canvas was revealed evenly in `steps` steps, left to right.
 
         It stands for a run's rollouts where only shapes matter: an estimator's number of views and their width.
         """
@@ -171,6 +171,7 @@ class Rollout:
             counted=torch.ones_like(zeros, dtype=torch.bool),
             view_seed=zeros[:, 0],
             mask_token_id=-1,
+            blocks=blocks,
         )
 
     @staticmethod

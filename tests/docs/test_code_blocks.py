@@ -26,6 +26,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 SHRUNK = {
     "init-tiny": "",
     "sft": "--max_steps 2 --num_train_examples 64 --per_device_train_batch_size 8 --disable_tqdm true",
+    "dpo": "--max_steps 2 --num_train_examples 64 --num_eval_examples 8 --per_device_train_batch_size 8 "
+    "--disable_tqdm true",
     "grpo": "--max_steps 2 --num_train_examples 64 --per_device_train_batch_size 8 --disable_tqdm true",
     "eval": "--num_examples 8",
     "generate": "",

@@ -232,6 +232,7 @@ def test_a_config_may_be_changed():
         ({"cache": "slots"}, r"cache='slots' is not available for decoding='denoising'"),
         ({"decoding": "any_order", "cache": "prefix"}, r"cache='prefix'.*decoding='any_order'.*exact"),
         ({"decoding": "any_order", "cfg_scale": 0.5}, r"cfg_scale=0.5 needs decoding='denoising'"),
+        ({"cache": "exact", "cfg_scale": 0.5}, r"cfg_scale=0.5 needs cache=None, got 'exact'"),
     ],
 )
 def test_config_errors_of_decoding_and_cache(settings, match, tmp_path):

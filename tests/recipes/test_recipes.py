@@ -4,11 +4,11 @@ import pytest
 import yaml
 
 from trl_dllm.recipe import base_of, load_recipe, recipe_paths, render_recipe
-from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts import dpo, grpo, sft
 from trl_dllm.scripts.rewards import resolve_rewards
 
 
-SCRIPTS = {"sft": sft, "grpo": grpo}
+SCRIPTS = {"sft": sft, "grpo": grpo, "dpo": dpo}
 NAMES = recipe_paths()
 
 
@@ -75,6 +75,21 @@ def test_any_order_sft_of_llada_8b_is_d2s(stage):
     assert script_args.dataset_name.startswith("your-name/"), "a placeholder"
     before = "GSAI-ML/LLaDA-8B-Instruct" if stage == 1 else "runs/llada_8b/any_order_stage1"
     assert model_args.model_name_or_path == before
+
+
+def test_vrpo_of_llada_8b_is_the_papers():
+    """LLaDA 1.5: 8 draws, beta 0.2, an SFT loss of 0.05, batches of 64 pairs; the tiny twin has its likelihood."""
+    script_args, args, model_args = parse("llada_8b/dpo/vrpo")
+    assert (args.estimator, args.num_samples, args.beta) == ("elbo", 8, 0.2)
+    assert (args.loss_type, args.loss_weights) == (["sigmoid", "sft"], [1.0, 0.05])
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps) == (5e-7, "cosine", 15)
+    assert (args.adam_beta1, args.adam_beta2, args.weight_decay, args.num_train_epochs) == (0.9, 0.95, 0.01, 1)
+    assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert model_args.model_name_or_path == "GSAI-ML/LLaDA-8B-Instruct" and not model_args.use_peft
+    assert script_args.dataset_name.startswith("your-name/"), "a placeholder"
+    _, twin, _ = parse("tiny_llada/dpo/sudoku_vrpo")
+    for name in ("estimator", "num_samples", "beta", "loss_type", "lr_scheduler_type", "adam_beta2", "weight_decay"):
+        assert getattr(twin, name) == getattr(args, name), name
 
 
 def test_any_order_grpo_of_llada_8b_is_d2s():

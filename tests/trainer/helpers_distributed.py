@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
+from helpers_dpo import config as dpo_config
 from helpers_grpo import build, history, lora, losses, text_prompts, tiny, weights
 from peft import get_peft_model
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
+from trl_dllm import DiffusionDPOTrainer, DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.generation import generate
 from trl_dllm.models import head
 
@@ -384,3 +385,31 @@ def run_resumed(folder, checkpoint: str, peft: bool = False, steps=(1, 2, 3), **
         equal = all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
         found["same"].append([equal, history(resumed) == history(whole), resumed.flops == whole.flops])
     return found
+
+
+def run_dpo(folder, checkpoint: str, rows: str, peft: bool = False, **settings) -> dict:
+    """Preference optimisation on the pairs in folder `rows`: losses, TRL's metrics, final weights."""
+    defaults = {
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "per_device_eval_batch_size": settings["per_device_train_batch_size"],
+        "ddp_timeout": 60,
+        "model_init_kwargs": {"dtype": "auto"},
+    }
+    trainer = DiffusionDPOTrainer(
+        checkpoint,
+        args=dpo_config(folder, **{**defaults, **settings}),
+        train_dataset=load_from_disk(rows),
+        eval_dataset=load_from_disk(rows).select(range(8)),
+        peft_config=lora(init_lora_weights=False, lora_alpha=2) if peft else None,
+    )
+    trainer.train()
+    names = ("loss", "grad_norm", "entropy", "num_tokens", "rewards/margins", "rewards/accuracies", "logps/chosen")
+    # Before the evaluation, which leaves FSDP's last unit gathered.
+    found = saved(folder, trainer, {type(trainer.model_wrapped).__name__})
+    evaluated = trainer.evaluate()
+    return {
+        **found,
+        **{name: [float(value) for value in losses(trainer, name)] for name in names},
+        "eval": {name: evaluated[f"eval_{name}"] for name in ("loss", "rewards/margins", "logps/rejected")},
+    }

@@ -100,6 +100,26 @@ def test_an_engine_that_draws_what_the_sampler_draws_makes_the_same_run(tmp_path
     assert len(prompts) == 8 and prompts[0] == prompts[3] != prompts[4], "a row for each completion"
 
 
+def test_an_engine_of_a_block_causal_model_is_read_by_its_blocks(tmp_path):
+    """Prompts reach into the first block, so that blocks do not begin at multiples of the block length."""
+
+    def go(folder, **more):
+        model, tokenizer = tiny("sdar")
+        decoding = {"estimator": "exact_trajectory", "cache": "exact", "stop_at_eos": False}
+        return run(tmp_path / folder, model=model, tokenizer=tokenizer, **decoding, **more)
+
+    mine, theirs = go("a"), go("b", rollout_func=Engine())
+    assert losses(theirs) == pytest.approx(losses(mine), abs=1e-6)
+    assert max(losses(theirs, "sampling/mismatch_kl")) < 1e-6
+
+    def in_other_blocks(output):
+        steps = sorted(output["unmask_step"][0])
+        return {**output, "unmask_step": [steps[::-1], *output["unmask_step"][1:]]}
+
+    with pytest.raises(ValueError, match=r"row 0: .*revealed a position of block 1 \(block_length=4\)"):
+        go("c", rollout_func=Engine(change=in_other_blocks))
+
+
 def test_conversations_reach_the_engine_as_they_are(tmp_path):
     from helpers_grpo import chat_prompts
 

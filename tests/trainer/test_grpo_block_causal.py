@@ -58,6 +58,9 @@ def test_old_log_probs_of_the_sampler_train_as_recomputed_ones_do(tmp_path):
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=0, msg=name)
     assert 0 <= max(losses(rollout, "sampling/mismatch_max")) < 1e-4
+    # 16 rows of eight positions in four steps; two views, as many as a block has steps: 4 + (old, reference: 2 + 2) + 2 · 2 · 3.
+    unit = 2 * rollout._parameters * 8 * 16
+    assert losses(recompute, "flops_paper")[0] == unit * (4 + 2 + 2 + 12)
 
 
 @pytest.mark.parametrize("alignment", ["position", "canvas"])

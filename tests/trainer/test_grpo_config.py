@@ -39,7 +39,6 @@ REFUSED = [
     ({"max_completion_length": None}, "None", "set a number"),
     ({"remasking": "confidence"}, "'confidence'", "low_confidence"),
     ({"decoding": "autoregressive"}, "'autoregressive'", "denoising"),
-    ({"cache": "exact", "cfg_scale": 1.0}, "'exact'", "None"),
     ({"future_blocks": "hidden"}, "'hidden'", "absent"),
     ({"old_logps": "sampler"}, "'sampler'", "choose 'recompute'"),
     ({"old_logps": "rollout", "num_segments": 2}, "'rollout'", "old_logps='recompute'"),

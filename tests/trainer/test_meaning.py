@@ -7,8 +7,9 @@ import pytest
 from transformers import TrainerState
 from trl import ModelConfig
 
-from trl_dllm import DiffusionGRPOConfig, DiffusionSFTConfig
+from trl_dllm import DiffusionDPOConfig, DiffusionGRPOConfig, DiffusionSFTConfig
 from trl_dllm.scripts.common import TaskArguments
+from trl_dllm.scripts.dpo import DiffusionDPOScriptArguments
 from trl_dllm.scripts.grpo import DiffusionGRPOScriptArguments
 from trl_dllm.trainer import meaning
 from trl_dllm.trainer.meaning import (
@@ -24,7 +25,10 @@ from trl_dllm.trainer.meaning import (
 )
 
 
-CONFIGS = [DiffusionGRPOConfig, DiffusionSFTConfig, TaskArguments, DiffusionGRPOScriptArguments, ModelConfig]
+CONFIGS = [
+    *(DiffusionGRPOConfig, DiffusionSFTConfig, DiffusionDPOConfig, ModelConfig),
+    *(TaskArguments, DiffusionGRPOScriptArguments, DiffusionDPOScriptArguments),
+]
 
 
 def grpo(tmp_path, **settings) -> DiffusionGRPOConfig:

@@ -11,10 +11,11 @@ from peft import PromptTuningConfig, get_peft_model
 from test_sft_trainer import config as sft_config
 from test_sft_trainer import dataset
 from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
-from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer
 
 from trl_dllm import DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.likelihood import ExactTrajectory, token_logps
+from trl_dllm.trainer.dpo_trainer import _OVERRIDDEN as DPO_OVERRIDES
 from trl_dllm.trainer.grpo_trainer import _OVERRIDDEN as GRPO_OVERRIDES
 from trl_dllm.trainer.sft_trainer import _OVERRIDDEN as SFT_OVERRIDES
 from trl_dllm.trainer.stock import check_trl, known_arguments, without_dropout
@@ -167,6 +168,7 @@ def test_arguments_of_another_trainer_are_refused(tmp_path, checkpoint, no_weigh
 def test_a_trl_whose_methods_moved_is_refused_by_name(monkeypatch):
     check_trl(GRPOTrainer, GRPO_OVERRIDES)
     check_trl(SFTTrainer, SFT_OVERRIDES)
+    check_trl(DPOTrainer, DPO_OVERRIDES)
 
     class Moved(GRPOTrainer):
         def _compute_loss(self, model, batch):

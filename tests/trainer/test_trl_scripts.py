@@ -23,7 +23,7 @@ from trl_dllm.recipe import RECIPES
 
 SCRIPTS = Path(trl.__file__).parent / "scripts"
 ON_CPU = Path(__file__).parent / "distributed" / "on_cpu.py"
-NAMES = ("GRPOTrainer", "GRPOConfig", "SFTTrainer", "SFTConfig")
+NAMES = ("GRPOTrainer", "GRPOConfig", "SFTTrainer", "SFTConfig", "DPOTrainer", "DPOConfig")
 
 # Flags of TRL's documented commands that diffusion models have no use for, or that need what is not here.
 REFUSED = {
@@ -112,6 +112,15 @@ def place(tmp_path_factory) -> Path:
         "prompt": [
             {"prompt": [{"role": "user", "content": "1+2"}], "solution": "$3$"}
         ],  # a canvas of TRL's 256 tokens
+        "pairs": [
+            {
+                "prompt": [{"role": "user", "content": q}],
+                "chosen": [{"role": "assistant", "content": q[::-1]}],
+                "rejected": [{"role": "assistant", "content": q + "?"}],
+            }
+            for q in questions
+        ]
+        * 4,
         "stories": [{"text": f"Once there was {q}."} for q in questions] * 2,
     }
     for name, data in rows.items():
@@ -119,7 +128,7 @@ def place(tmp_path_factory) -> Path:
         for split in ("train", "test"):
             text = "\n".join(json.dumps(row) for row in data[: None if split == "train" else 4])
             (folder / name / f"{split}.jsonl").write_text(text + "\n")
-    for name in ("grpo", "sft"):
+    for name in ("grpo", "sft", "dpo"):
         (folder / f"{name}.py").write_text(replaced((SCRIPTS / f"{name}.py").read_text()))
     for name, stage in STAGES.items():
         (folder / name).write_text(json.dumps({**ZERO, "zero_optimization": stage}))
@@ -138,6 +147,7 @@ def arguments(name: str, output: str) -> list[str]:
         "get_soft_overlong_punishment rewards.length --max_completion_length 8 --num_generations 4 "
         "--per_device_train_batch_size 4",
         "sft": "--dataset_name chats --eval_strategy steps --eval_steps 1 --per_device_train_batch_size 2",
+        "dpo": "--dataset_name pairs --eval_strategy steps --eval_steps 1 --per_device_train_batch_size 2",
     }
     return shlex.split(common + own[name])
 
@@ -169,7 +179,7 @@ def here(place, monkeypatch):
     return place
 
 
-@pytest.mark.parametrize("name", ["grpo", "sft"])
+@pytest.mark.parametrize("name", ["grpo", "sft", "dpo"])
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
 def test_trls_script_trains(here, monkeypatch, name, peft):
     output = f"one-{name}-{peft}"
@@ -222,7 +232,7 @@ def test_the_example_of_trls_trainer_runs(here, monkeypatch, trainer, model, dat
 
 
 def test_only_the_names_of_a_script_are_replaced():
-    for name in ("grpo", "sft"):
+    for name in ("grpo", "sft", "dpo"):
         before, after = (SCRIPTS / f"{name}.py").read_text(), replaced((SCRIPTS / f"{name}.py").read_text())
         assert "DiffusionDiffusion" not in after and f"from trl_dllm import Diffusion{name.upper()}Trainer" in after
         undone = after.replace("Diffusion", "")

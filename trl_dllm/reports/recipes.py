@@ -1,24 +1,25 @@
 """Tables of all recipes, read from the files: settings from their YAML, what to notice from their head comments."""
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from ..recipe import RECIPES, head_comment, load_recipe, recipe_paths
+from ..trainer.dpo_config import DiffusionDPOConfig
 from ..trainer.grpo_config import DiffusionGRPOConfig
 from ..trainer.sft_config import DiffusionSFTConfig
 
 
 Row = dict[str, str]
-_CONFIGS = {"grpo": DiffusionGRPOConfig, "sft": DiffusionSFTConfig}
+_CONFIGS = {"grpo": DiffusionGRPOConfig, "sft": DiffusionSFTConfig, "dpo": DiffusionDPOConfig}
 
 
 def recipe_tables() -> dict[str, list[Row]]:
-    """`{folder: rows}` of all recipes; a row is `{column: text}`, and the columns of `grpo` are not those of `sft`."""
+    """`{folder: rows}` of all recipes; a row is `{column: text}`, and each command has columns of its own."""
     tables: dict[str, list[Row]] = {}
     for name, path in recipe_paths().items():
         folder, _, short = name.rpartition("/")
-        columns = {"grpo": _grpo_columns, "sft": _sft_columns}[path.parent.name](_settings(path))
+        columns = _COLUMNS[path.parent.name](_settings(path))
         row = {"recipe": short, "method": method(path), **columns, "what to notice": notice(path)}
         tables.setdefault(folder, []).append(row)
     return tables
@@ -64,7 +65,10 @@ base's as a whole, lists and mappings too; `null` is a value like any other; a b
 
 def _settings(path: Path) -> dict[str, Any]:
     """A recipe's settings, and the trainer's defaults for what it leaves out."""
-    return {field.name: field.default for field in fields(_CONFIGS[path.parent.name])} | load_recipe(path)
+    return {
+        field.name: field.default if field.default_factory is MISSING else field.default_factory()
+        for field in fields(_CONFIGS[path.parent.name])
+    } | load_recipe(path)
 
 
 def _grpo_columns(s: dict[str, Any]) -> Row:
@@ -97,3 +101,19 @@ def _sft_columns(s: dict[str, Any]) -> Row:
         "blocks of": str(s["block_length"] or "none"),
         "learning rate": f"{s['learning_rate']:g}",
     }
+
+
+def _dpo_columns(s: dict[str, Any]) -> Row:
+    losses = [s["loss_type"]] if isinstance(s["loss_type"], str) else s["loss_type"]
+    weights = s["loss_weights"] or [1] * len(losses)
+    return {
+        "likelihood": f"{s['estimator']}, num_samples {s['num_samples']}",
+        "loss": " + ".join(
+            loss if weight == 1 else f"{weight:g} {loss}" for loss, weight in zip(losses, weights, strict=True)
+        ),
+        "beta": f"{s['beta']:g}",
+        "learning rate": f"{s['learning_rate']:g}",
+    }
+
+
+_COLUMNS = {"grpo": _grpo_columns, "sft": _sft_columns, "dpo": _dpo_columns}

@@ -29,7 +29,7 @@ def begin_run(
     Content is hashed on the first process alone.
 
     Args:
-        command (`str`): "grpo" or "sft".
+        command (`str`): "grpo", "sft" or "dpo".
         script_args, args, model_args: the settings, as they were parsed.
         dataset: the rows to train on.
         rewards (`list`, *optional*): the resolved reward functions and models.

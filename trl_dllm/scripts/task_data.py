@@ -38,15 +38,18 @@ def check_data_dir(folder: str | None) -> None:
         raise ValueError(f"data_dir={folder!r} is not a folder. Name the one with the task's data.")
 
 
-def check_task_kwargs(task: Task, kwargs: Mapping[str, Any]) -> None:
-    """Raise ValueError for what a task's `load` does not take, takes from another field, or takes as another type."""
+def check_task_kwargs(task: Task, kwargs: Mapping[str, Any], field: str = "task_kwargs") -> None:
+    """Raise ValueError for what a task's `load` does not take, takes from another field, or takes as another type.
+
+    `field` is the setting that holds `kwargs`.
+    """
     hints = get_type_hints(task.load)
     known = [name for name in inspect.signature(task.load).parameters if name not in _ELSEWHERE]
     for name, value in kwargs.items():
         if name in _ELSEWHERE:
-            raise ValueError(f"task_kwargs: {name}={value!r} has a field of its own: {_ELSEWHERE[name]}.")
+            raise ValueError(f"{field}: {name}={value!r} has a field of its own: {_ELSEWHERE[name]}.")
         if name not in known:
             near = get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}."
-            raise ValueError(f"task_kwargs: task={task.name!r} has no argument {name!r}; {hint}")
-        check_kind(f"task_kwargs: {name}", value, hints[name])
+            raise ValueError(f"{field}: task={task.name!r} has no argument {name!r}; {hint}")
+        check_kind(f"{field}: {name}", value, hints[name])

@@ -48,12 +48,8 @@ def check_sft_data(given: Mapping[str, Any], args: Any, model_config: Any) -> No
     Args and errors as in `check_grpo_data`.
     """
     check_positions(model_config, 0, args.canvas_length or 0, "canvas_length")
-    for field in ("eos_token", "pad_token"):
-        token, tokenizer = getattr(args, field), given.get("processing_class")
-        if token is not None and tokenizer is not None and token not in tokenizer.get_vocab():
-            raise ValueError(f"{field}={token!r} is no token of the tokenizer. Name one of its vocabulary.")
+    _check_tokens(args, given.get("processing_class"))
     known = [("input_ids",), ("messages",), ("conversations",), ("prompt", "completion"), (args.dataset_text_field,)]
-    batch = args.per_device_train_batch_size * args.world_size
     for name, dataset in _data_sets(given):
         columns = _find_columns(name, dataset, known)
         for column in columns:
@@ -61,17 +57,57 @@ def check_sft_data(given: Mapping[str, Any], args: Any, model_config: Any) -> No
                 list(_rows(name, dataset, column))
         if columns == ("prompt", "completion") and args.completion_only_loss is not False:
             _check_answers_are_left(name, dataset, args, given.get("processing_class"))
-        dropped = name == "train_dataset" and args.dataloader_drop_last
-        if dropped and isinstance(dataset, Dataset) and len(dataset) < batch:
+        _check_batch(name, dataset, args)
+
+
+def check_dpo_data(given: Mapping[str, Any], args: Any) -> None:
+    """Check the data sets of a DPO trainer: they have pairs of text or messages, and make a batch.
+
+    Args and errors as in `check_grpo_data`.
+    """
+    _check_tokens(args, given.get("processing_class"))
+    for name, dataset in _data_sets(given):
+        for column in _find_columns(name, dataset, [("prompt", "chosen", "rejected"), ("chosen", "rejected")]):
+            list(_rows(name, dataset, column))
+        if args.precompute_ref_log_probs and not isinstance(dataset, Dataset):
             raise ValueError(
-                f"{name} has {len(dataset)} rows, but a batch takes {batch} and dataloader_drop_last=True drops a "
-                "smaller one, so no step would be made. Give more rows, or lower per_device_train_batch_size."
+                f"precompute_ref_log_probs=True needs rows that can be read twice, and {name} is a stream. Load it "
+                "without streaming, or set precompute_ref_log_probs=False."
             )
+        if args.precompute_ref_log_probs and args.world_size > 1 and not dataset.cache_files:
+            raise ValueError(
+                f"precompute_ref_log_probs=True on {args.world_size} processes: the first of them writes the numbers "
+                f"beside the files of {name}, and that is in memory alone. Save it with dataset.save_to_disk and load "
+                "it from there, or set precompute_ref_log_probs=False."
+            )
+        if isinstance(dataset, Dataset) and "prompt" in dataset.column_names:
+            _check_answers_are_left(name, dataset, args, given.get("processing_class"))
+        _check_batch(name, dataset, args)
+
+
+def _check_tokens(args: Any, tokenizer: Any) -> None:
+    """Raise ValueError for a special token that the tokenizer does not have."""
+    for field in ("eos_token", "pad_token"):
+        token = getattr(args, field, None)
+        if token is not None and tokenizer is not None and token not in tokenizer.get_vocab():
+            raise ValueError(f"{field}={token!r} is no token of the tokenizer. Name one of its vocabulary.")
+
+
+def _check_batch(name: str, dataset: Dataset | IterableDataset, args: Any) -> None:
+    """Raise ValueError where the training rows make no whole batch, and smaller ones are dropped."""
+    batch = args.per_device_train_batch_size * args.world_size
+    dropped = name == "train_dataset" and args.dataloader_drop_last
+    if dropped and isinstance(dataset, Dataset) and len(dataset) < batch:
+        raise ValueError(
+            f"{name} has {len(dataset)} rows, but a batch takes {batch} and dataloader_drop_last=True drops a "
+            "smaller one, so no step would be made. Give more rows, or lower per_device_train_batch_size."
+        )
 
 
 def _check_answers_are_left(name: str, dataset: Dataset | IterableDataset, args: Any, tokenizer: Any) -> None:
     """Raise ValueError where `max_length` cuts off every answer: TRL would drop every row."""
-    if args.max_length is None or args.packing or args.truncation_mode != "keep_start" or tokenizer is None:
+    packed = getattr(args, "packing", False)
+    if args.max_length is None or packed or args.truncation_mode != "keep_start" or tokenizer is None:
         return
     shortest = None
     for _, prompt in _rows(name, dataset, "prompt"):

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from trl import GRPOConfig
 
+from ..blocks import Blocks
 from ..fields import check_kind, document_fields
 from ..generation import DecodingArguments, DiffusionGenerationConfig, decoding_of
 from ..likelihood import ESTIMATORS, Estimator
@@ -394,7 +395,12 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         return self.num_iterations if self.redraw_views is True else max(1, int(self.redraw_views))
 
     def paper_flops(
-        self, completions: int, parameters: int, frozen_backbone: bool, estimator: Estimator | None = None
+        self,
+        completions: int,
+        parameters: int,
+        frozen_backbone: bool,
+        estimator: Estimator | None = None,
+        blocks: Blocks | None = None,
     ) -> PaperFlops:
         """Operations of a generation batch of `completions` and all updates on it, by d2 App. C.2.
 
@@ -404,6 +410,7 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             parameters (`int`): of the model without adapters, see `backbone_parameters`.
             frozen_backbone (`bool`): whether they are not trained, or not all of them.
             estimator (`Estimator`, *optional*): instead of the one that the fields describe.
+            blocks (`Blocks`, *optional*): of a block-causal model, whose views replay all blocks at once.
         """
         estimator = estimator or self.build_estimator()
         canvas_length, steps = self.max_completion_length, self.generation_config().diffusion_steps
@@ -413,7 +420,7 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             canvas_length=canvas_length,
             completions=completions,
             steps=steps,
-            views=estimator.num_views(Rollout.scheduled(canvas_length, steps)),
+            views=estimator.num_views(Rollout.scheduled(canvas_length, steps, blocks)),
             draws=self.num_draws(estimator),
             inner_iterations=self.num_iterations,
             frozen_backbone=frozen_backbone,

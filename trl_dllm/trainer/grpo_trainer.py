@@ -261,7 +261,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
             outputs["advantages"] = wd1_advantages(self, outputs["advantages"])
         if self.model.training:  # the run's cost is that of training
             self.flops.counted += rollout.flops
-            paper = self.args.paper_flops(len(rollout), self._parameters, self._frozen_backbone, self.estimator)
+            facts = (self._parameters, self._frozen_backbone, self.estimator, self.spec.blocks)
+            paper = self.args.paper_flops(len(rollout), *facts)
             self.flops.paper += paper.total
         record_generation(self, rollout, outputs["skipped"])
         return outputs

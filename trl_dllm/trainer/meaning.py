@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..fingerprint import Difference, Fingerprint, differences, in_a_line
+from .dpo_config import DiffusionDPOConfig
 from .grpo_config import DiffusionGRPOConfig
 from .sft_config import DiffusionSFTConfig
 
@@ -28,7 +29,7 @@ def _names(*lines: str) -> frozenset[str]:
 
 MEANING = _names(
     # data and rewards
-    "task task_kwargs num_train_examples puzzle_seed dataset_name dataset_config dataset_train_split",
+    "task task_kwargs rejected_kwargs num_train_examples puzzle_seed dataset_name dataset_config dataset_train_split",
     "dataset_streaming dataset_text_field dataset_kwargs max_length truncation_mode packing packing_strategy",
     "padding_free eval_packing completion_only_loss assistant_only_loss chat_template_path chat_template_kwargs",
     "eos_token pad_token remove_unused_columns label_names length_column_name train_sampling_strategy",
@@ -45,7 +46,7 @@ MEANING = _names(
     "use_transformers_paged num_generations generation_batch_size",
     # the likelihood
     "estimator num_segments estimator_kwargs p_mask_prompt redraw_views score_temperature loss_tokens",
-    "ratio_denominator old_logps objective loss_weight mask_eps canvas_length",
+    "ratio_denominator old_logps objective loss_weight mask_eps canvas_length num_samples",
     # the loss
     "loss_type beta kl_estimator use_bias_correction_kl num_iterations epsilon epsilon_high delta",
     "importance_sampling_level mask_truncated_completions off_policy_mask_threshold sapo_temperature_neg",
@@ -54,6 +55,8 @@ MEANING = _names(
     "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps vllm_importance_sampling_correction",
     "vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
     "vllm_importance_sampling_cap label_smoothing_factor average_tokens_across_devices neftune_noise_alpha",
+    "loss_weights ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing use_weighting discopop_tau",
+    "precompute_ref_log_probs",  # whose draws do not change from epoch to epoch
     # the optimizer, seeds, and which weights are kept
     "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules",
     "weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed data_seed load_best_model_at_end",
@@ -74,7 +77,7 @@ MACHINE = _names(
     "resume_from_checkpoint start_over dry_run do_train do_eval do_predict restore_callback_states_from_checkpoint",
     # how a step is split; the rows of a step are meaning
     "per_device_train_batch_size gradient_accumulation_steps steps_per_generation per_device_eval_batch_size",
-    "auto_find_batch_size sampler_batch_size pad_to_multiple_of",
+    "auto_find_batch_size sampler_batch_size precompute_ref_batch_size pad_to_multiple_of",
     # precision and kernels
     "dtype bf16 fp16 tf32 bf16_full_eval fp16_full_eval cast_lm_head_to_fp32 bnb_4bit_quant_storage",
     "attn_implementation use_liger_kernel liger_kernel_config use_cache torch_compile torch_compile_backend",
@@ -123,13 +126,16 @@ def machine_facts(args: TrainingArguments) -> dict[str, int]:
 
 
 def run_fingerprint(
-    command: str, args: DiffusionGRPOConfig | DiffusionSFTConfig, others: list, facts: Mapping[str, Any]
+    command: str,
+    args: DiffusionGRPOConfig | DiffusionSFTConfig | DiffusionDPOConfig,
+    others: list,
+    facts: Mapping[str, Any],
 ) -> Fingerprint:
     """What a training run belongs to.
 
     Args:
-        command (`str`): "grpo" or "sft".
-        args ([`DiffusionGRPOConfig`] or [`DiffusionSFTConfig`]): of the trainer.
+        command (`str`): "grpo", "sft" or "dpo".
+        args ([`DiffusionGRPOConfig`], [`DiffusionSFTConfig`] or [`DiffusionDPOConfig`]): of the trainer.
         others (`list`): further dataclass instances whose fields are settings: TRL's `ModelConfig`, the script's.
         facts (`dict`): what the settings do not say: which weights, tokenizer and rows these are.
     """

@@ -67,6 +67,14 @@ DIFFUCODER = Paper(
     "2506.20639",
     "2025",
 )
+VRPO = Paper(
+    "zhu2025llada15",
+    "LLaDA 1.5: Variance-Reduced Preference Optimization for Large Language Diffusion Models",
+    "Zhu, F. and Wang, R. and Nie, S. and Zhang, X. and Wu, C. and Hu, J. and Zhou, J. and Chen, J. and Lin, Y. and "
+    "Wen, J.-R. and Li, C.",
+    "2505.19223",
+    "2025",
+)
 
 # Of every estimator and objective.
 PAPERS = {
@@ -92,12 +100,12 @@ def complete_card(trainer) -> None:
     base = unwrap(trainer.model).config._name_or_path
     place = trainer.hub_model_id or str(Path(trainer.args.output_dir).absolute())
     adapter_of = (_anywhere(base) if base else "") if isinstance(trainer.model, PeftModel) else None
-    rewrite_quick_start(trainer.args.output_dir, place, trainer.args.known_decoding(), adapter_of)
+    rewrite_quick_start(trainer.args.output_dir, place, trainer.known_decoding(), adapter_of)
     text = card.read_text()
     origin = f"fine-tuned version of `{Path(base).name}`" if base else "masked diffusion model that was made in memory"
     text = text.replace("fine-tuned version of [None](https://huggingface.co/None)", origin)
     text = _before(text, "### Framework versions", "\n".join(f"- {fact}" for fact in _facts(trainer)))
-    paper = PAPERS.get(_method(trainer)[0])
+    paper = _paper(trainer)
     if paper is not None:
         what = "likelihood" if hasattr(trainer, "estimator") else "objective"
         text = _before(text, "Cite TRL as:", f"Cite the {what} as:\n\n```bibtex\n{paper.bibtex()}\n```")
@@ -126,16 +134,22 @@ def _method(trainer) -> tuple[str, dict[str, object]]:
     return known.get(type(estimator), type(estimator).__name__), settings
 
 
+def _paper(trainer) -> Paper | None:
+    """What the likelihood or the objective is from; a trainer may use it as a paper of its own does."""
+    return getattr(trainer, "likelihood_paper", None) or PAPERS.get(_method(trainer)[0])
+
+
 def _facts(trainer) -> list[str]:
     """Likelihood or objective, decoding and cost, a line of Markdown each."""
     name, settings = _method(trainer)
-    paper = PAPERS.get(name)
+    paper = _paper(trainer)
     what = "Likelihood" if hasattr(trainer, "estimator") else "Objective"
     arguments = f" ({_listed(settings)})" if settings else ""
     facts = [f"{what}: `{name}`{arguments}" + (f", see {paper.link()}" if paper else "")]
-    decoding = trainer.args.known_decoding()
+    decoding = trainer.known_decoding()
     if decoding:
-        facts.append(f"Decoding in training: {_listed(decoding)}")
+        when = "in training" if trainer.args.known_decoding() else "before this training"
+        facts.append(f"Decoding {when}: {_listed(decoding)}")
     logged = next((entry for entry in reversed(trainer.state.log_history) if "flops" in entry), None)
     if logged is not None:
         facts.append(
@@ -143,7 +157,10 @@ def _facts(trainer) -> list[str]:
             f"{D2.link()}, of sampling and training up to step {logged['step']}"
         )
     elif trainer.state.total_flos:
-        facts.append(f"Floating-point operations: {trainer.state.total_flos:.3g}, 6 a parameter and token")
+        facts.append(
+            f"Floating-point operations: {trainer.state.total_flos:.3g}, 2 a parameter and token of a forward, 4 of a "
+            "backward"
+        )
     return facts
 
 

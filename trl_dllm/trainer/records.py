@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerCallback
@@ -11,6 +12,7 @@ from ..fingerprint import FINGERPRINT, Fingerprint
 from ..generation import save_decoding
 from ..generation.saved import DECODING
 from ..identity import tokenizer_files, weight_files
+from .dpo_config import DiffusionDPOConfig
 from .grpo_config import DiffusionGRPOConfig
 from .sft_config import DiffusionSFTConfig
 
@@ -21,7 +23,7 @@ _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", DECO
 class RecordingTrainer(Trainer):
     """A trainer whose checkpoints and models carry `decoding.json` and, if it has one, its fingerprint."""
 
-    args: DiffusionGRPOConfig | DiffusionSFTConfig
+    args: DiffusionGRPOConfig | DiffusionSFTConfig | DiffusionDPOConfig
     fingerprint: Fingerprint | None = None  # set by the scripts, which know what it is made of
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -30,9 +32,13 @@ class RecordingTrainer(Trainer):
             (folder / FINGERPRINT).unlink(missing_ok=True)  # of what is being overwritten
         super().save_model(output_dir, _internal_call=_internal_call)
         if self.args.should_save:
-            save_decoding(self.args.known_decoding(), folder)
+            save_decoding(self.known_decoding(), folder)
             if self.fingerprint is not None:
                 self.fingerprint.write(folder)
+
+    def known_decoding(self) -> dict[str, Any]:
+        """What is saved beside the model of how it is to be decoded: as far as the training says."""
+        return self.args.known_decoding()
 
     def save_finished(self) -> None:
         """Save the trained model and the trainer's state to output_dir; last of all the word that it is finished."""

@@ -41,12 +41,12 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps num_iterations "
         "num_generations_eval steps_per_generation generation_batch_size max_completion_length save_total_limit "
         "eval_accumulation_steps dataloader_prefetch_factor ref_model_sync_steps max_length dataset_num_proc "
-        "ddp_timeout",
+        "ddp_timeout precompute_ref_batch_size",
     ),
     (
         "greater than 0",
         lambda x: x > 0,
-        "num_train_epochs save_steps eval_steps delta sapo_temperature_pos sapo_temperature_neg",
+        "num_train_epochs save_steps eval_steps delta sapo_temperature_pos sapo_temperature_neg discopop_tau",
     ),
     (
         "0 or more",
@@ -56,7 +56,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "neftune_noise_alpha",
     ),
     ("in [0, 1)", lambda x: 0 <= x < 1, "adam_beta1 adam_beta2"),
-    ("in [0, 1]", lambda x: 0 <= x <= 1, "top_entropy_quantile ref_model_mixup_alpha"),
+    ("in [0, 1]", lambda x: 0 <= x <= 1, "top_entropy_quantile ref_model_mixup_alpha ld_alpha"),
 )
 
 

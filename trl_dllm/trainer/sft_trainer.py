@@ -40,6 +40,7 @@ from .stock import (
     leave_out_router_loss,
     own_config,
     read_config,
+    refuse_parallelism,
     refuse_processor,
     refuse_prompt_learning,
     refuse_sharded_integers,
@@ -302,12 +303,7 @@ class DiffusionSFTTrainer(DiffusionTrainer, SFTTrainer):
         self.spec = MaskedDiffusionSpec.from_model(self.model, self._tokenizer)
         self.spec.write_to(self.model)
         check_objective(args.objective, self.spec)  # of a model in memory whose tokenizer TRL has found
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError(
-                "parallelism_config with tensor, context or sequence parallelism is not supported: rows are masked by "
-                "the process that holds them whole. Use DDP, FSDP or DeepSpeed ZeRO."
-            )
+        refuse_parallelism(self.accelerator)
         if collator is None:
             self.data_collator = AnswerCollator(
                 pad_token_id=self._tokenizer.pad_token_id,

@@ -151,6 +151,16 @@ def refuse_sharded_integers(config, args, quantization_config=None) -> None:
         )
 
 
+def refuse_parallelism(accelerator) -> None:
+    """Raise ValueError for processes that hold a part of a row each."""
+    parallelism = accelerator.parallelism_config
+    if parallelism is not None and (parallelism.tp_enabled or parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "parallelism_config with tensor, context or sequence parallelism is not supported: rows are masked by "
+            "the process that holds them whole. Use DDP, FSDP or DeepSpeed ZeRO."
+        )
+
+
 def hub_kwargs(args) -> dict[str, Any]:
     """Which revision of a checkpoint's config and tokenizer to read, as TRL does for its weights."""
     init_kwargs = args.model_init_kwargs or {}
