@@ -61,9 +61,16 @@ def test_grpo_prompts_it_by_its_template(checkpoint):
     """The beginning-of-text token once, the turn, and the head of the answer; then a step in any order."""
     settings = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "max_steps": 1}
     batch = {"num_generations": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "disable_tqdm": True}
-    kept = {key: RECIPE[key] for key in ("estimator", "num_iterations", "old_logps", "scale_rewards", "loss_type", "beta")}
+    kept = {
+        key: RECIPE[key] for key in ("estimator", "num_iterations", "old_logps", "scale_rewards", "loss_type", "beta")
+    }
     args = DiffusionGRPOConfig(
-        str(checkpoint / "run"), max_completion_length=64, **settings, **batch, **kept, **{**DECODING, "diffusion_steps": 32}
+        str(checkpoint / "run"),
+        max_completion_length=64,
+        **settings,
+        **batch,
+        **kept,
+        **{**DECODING, "diffusion_steps": 32},
     )
     prompts = [[{"role": "user", "content": content}] for content in ("1+1", "What is 2 + 2?")]
     trainer = DiffusionGRPOTrainer(str(checkpoint), chat_reward, args, Dataset.from_dict({"prompt": prompts * 2}))

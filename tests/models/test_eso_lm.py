@@ -100,7 +100,7 @@ def sequential_log_probs(state: dict[str, Tensor], prompt: list[int], tokens: li
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------ the tests
+# ----------------------------------------------------------------------------------------------------------- the tests
 
 
 def test_a_converted_checkpoint_computes_what_eso_lm_does(folders):
@@ -204,10 +204,10 @@ def test_weights_may_stand_in_several_files_or_one_of_torchs(tmp_path):
     ("change", "message"),
     [
         ({"time_conditioning": True}, "time_conditioning=True in the config: .* Use one that was trained without"),
-        ({"mask_index": None}, "mask_index=None in the config, where .* whole number. Give the config.json of the Hub"),
+        ({"mask_index": None}, "mask_index=None in the config, where .* whole number. Give the config.json of"),
         ({"cond_dim": "8"}, "cond_dim='8' in the config"),
         ({"n_heads": 5}, "hidden_size=32 is no multiple of n_heads=5"),
-        ({"n_blocks": 3}, r"blocks\.2\.adaLN_modulation\.bias, .* and 6 more are missing among the weights: .*n_blocks=3"),
+        ({"n_blocks": 3}, r"blocks\.2\.adaLN_modulation\.bias, .* and 6 more are missing among .*n_blocks=3"),
         ({"n_blocks": 1}, r"blocks\.1\..* are unknown among the weights"),
         ({"vocab_size": 300}, r"vocab_embed\.embedding has the shape \(258, 32\), and config\.json says \(300, 32\)"),
         ({"mask_index": 255}, "has 257 tokens, and mask_index=255 must be the next id or its last one. Pass GPT-2's"),
@@ -221,7 +221,7 @@ def test_what_cannot_be_converted_is_refused(tmp_path, change, message):
 
 
 def test_folders_that_are_none(tmp_path):
-    with pytest.raises(SystemExit, match="^trl-dllm convert: checkpoint='nowhere' is no folder with a config.json. Down"):
+    with pytest.raises(SystemExit, match=r"^trl-dllm convert: checkpoint='nowhere' is no folder with a config.json"):
         cli.main(["convert", "eso_lm", "nowhere", str(tmp_path / "converted")])
     write_original(tmp_path / "hub")
     with pytest.raises(ValueError, match="is the checkpoint's own folder; name another"):
@@ -230,7 +230,7 @@ def test_folders_that_are_none(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no vocabulary. Copy GPT-2's files there, or pass --tokenizer"):
         run("eso_lm", tmp_path / "hub", tmp_path / "converted", "--tokenizer", tmp_path / "empty")
     (tmp_path / "hub" / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"neither \*.safetensors nor pytorch_model.bin. Take the Hub's export"):
+    with pytest.raises(FileNotFoundError, match=r"neither \*.safetensors nor pytorch_model.bin. Take the"):
         run("eso_lm", tmp_path / "hub", tmp_path / "converted")
 
 

@@ -38,7 +38,7 @@ def test_a_label_makes_a_classifier_of_a_reward_model():
     reward, other = resolve_rewards("sudoku", ["solved"], "a/model", "toxic")
     assert isinstance(reward, ClassifierReward) and (reward.name, reward.label) == ("a/model", "toxic")
     assert other is resolve_rewards("sudoku", ["solved"], None)[0]
-    with pytest.raises(ValueError, match="reward_model_label='toxic' without a reward model: name the classifier with"):
+    with pytest.raises(ValueError, match="reward_model_label='toxic' without a reward model: name the"):
         resolve_rewards("sudoku", ["solved"], None, "toxic")
 
 
@@ -63,5 +63,7 @@ def test_a_label_that_is_none_ends_the_command_before_weights_are_loaded(tmp_pat
         "diffusion_steps": 8,
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(SystemExit, match="^trl-dllm grpo: reward_model_label='c' is no label of .*: name one of a, b"):
+    with pytest.raises(
+        SystemExit, match=r"^trl-dllm grpo: reward_model_label='c' is no label of .*: name one of a, b"
+    ):
         cli.main(["grpo", "--config", str(tmp_path / "recipe.yaml"), *CPU])

@@ -62,10 +62,10 @@ def test_labels_that_do_not_exclude_each_other_have_probabilities_of_their_own(t
 
 
 def test_what_is_no_label_is_refused_before_weights_are_loaded(classifier, tmp_path):
-    with pytest.raises(ValueError, match="reward_model_label='toxik' is no label of .*: name one of neutral, toxic, odd"):
+    with pytest.raises(ValueError, match=r"label='toxik' is no label of .*: name one of neutral, toxic, odd"):
         ClassifierReward(classifier, "toxik").check()
     write_classifier(tmp_path, num_labels=1)
-    with pytest.raises(ValueError, match="has one output and no labels to choose from. Leave reward_model_label out"):
+    with pytest.raises(ValueError, match=r"has one output and no labels to choose from. Leave reward_model_label out"):
         ClassifierReward(str(tmp_path), "toxic").check()
     with pytest.raises(OSError, match="nowhere"):
         ClassifierReward("./nowhere", "toxic").check()

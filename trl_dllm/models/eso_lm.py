@@ -1,9 +1,9 @@
 """Eso-LM (190M), converted: Starcoder2 with a bias on its head, for any-order decoding of one token a step.
 
-Its Hub checkpoints are a diffusion transformer whose norms and gates follow the time; but time conditioning is off, so
-they are the same at every time and fold into stock weights, once: `trl-dllm convert eso_lm`. That cannot be undone, and
-what trains is not quite what trained before: weight decay and LoRA act on the folded weights, the gates are gone, and
-the attention's biases, zero at first, are new.
+Its Hub checkpoints are a diffusion transformer whose norms and gates follow the time; but time conditioning is off,
+so they are the same at every time and fold into stock weights, once: `trl-dllm convert eso_lm`. That cannot be undone,
+and what trains is not quite what trained before: weight decay and LoRA act on the folded weights, the gates are gone,
+and the attention's biases, zero at first, are new.
 """
 
 from collections.abc import Mapping
@@ -75,8 +75,8 @@ class EsoLMHubConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> NoReturn:
         raise ValueError(
-            f"model_type={cls.model_type!r} is Eso-LM as it stands on the Hub, which needs its own code to run. Convert "
-            "it once: trl-dllm convert eso_lm FOLDER OUTPUT_DIR, and name OUTPUT_DIR."
+            f"model_type={cls.model_type!r} is Eso-LM as it stands on the Hub, which needs its own code to run. "
+            "Convert it once: trl-dllm convert eso_lm FOLDER OUTPUT_DIR, and name OUTPUT_DIR."
         )
 
 
@@ -98,7 +98,10 @@ def convert_config(hub: Mapping[str, Any], state: Mapping[str, Tensor]) -> EsoLM
             "number. Give the config.json of the Hub's export (model_type EsoLM), not a training run's."
         )
     if hub["hidden_size"] % hub["n_heads"]:
-        raise ValueError(f"hidden_size={hub['hidden_size']} is no multiple of n_heads={hub['n_heads']}: mend config.json.")
+        raise ValueError(
+            f"hidden_size={hub['hidden_size']} is no multiple of n_heads={hub['n_heads']} in the config. Take the "
+            "config.json that came with the weights."
+        )
     fields = {name: hub[original] for original, name in _CONFIG_NAMES.items()}
     mlp = state.get(f"{_PREFIX}blocks.0.mlp.0.weight")
     width = 4 * hub["hidden_size"] if mlp is None else mlp.shape[0]
@@ -195,8 +198,8 @@ def _check_keys(config: EsoLMConfig, state: Mapping[str, Tensor]) -> None:
     for kind, keys in (("missing", shapes.keys() - state.keys()), ("unknown", state.keys() - shapes.keys())):
         if keys:
             raise ValueError(
-                f"{_some(keys)} {'is' if len(keys) == 1 else 'are'} {kind} among the weights: they are not those of an "
-                f"Eso-LM with n_blocks={config.num_hidden_layers}. Take config.json and weights of one checkpoint of "
+                f"{_some(keys)} {'is' if len(keys) == 1 else 'are'} {kind} among the weights: they are not those "
+                f"of an Eso-LM with n_blocks={config.num_hidden_layers}. Take config.json and weights of one checkpoint of "
                 "the Hub (Eso-LM-B-alpha-1)."
             )
     for key, shape in shapes.items():

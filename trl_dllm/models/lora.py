@@ -3,8 +3,8 @@
 from .families import FAMILIES
 
 
-# The linear projections of a layer, by the names that almost all families share (others say `lora_targets`). For stock decoders PEFT takes q and v
-# alone.
+# The linear projections of a layer, by the names that almost all families share; the others' classes have their own
+# `lora_targets`. For stock decoders PEFT takes q and v alone.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

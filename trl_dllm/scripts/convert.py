@@ -81,15 +81,17 @@ def mask_tokenizer(name: str, mask_token_id: int):
 
     tokenizer = GPT2Tokenizer.from_pretrained(name, padding_side="left")
     if len(tokenizer) < 2:  # what transformers makes of a folder without vocabulary
-        raise FileNotFoundError(f"tokenizer={name!r} holds no vocabulary. Copy GPT-2's files there, or pass --tokenizer.")
+        raise FileNotFoundError(
+            f"tokenizer={name!r} holds no vocabulary. Copy GPT-2's files there, or pass --tokenizer."
+        )
     if len(tokenizer) == mask_token_id:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     elif len(tokenizer) == mask_token_id + 1:  # Eso-LM's own has a padding token there
         tokenizer.mask_token = tokenizer.convert_ids_to_tokens(mask_token_id)
     else:
         raise ValueError(
-            f"tokenizer={name!r} has {len(tokenizer)} tokens, and mask_index={mask_token_id} must be the next id or its "
-            "last one. Pass GPT-2's own with --tokenizer."
+            f"tokenizer={name!r} has {len(tokenizer)} tokens, and mask_index={mask_token_id} must be the next id or "
+            "its last one. Pass GPT-2's own with --tokenizer."
         )
     tokenizer.pad_token = tokenizer.bos_token = tokenizer.eos_token
     return tokenizer

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..tasks.base import completion_text
@@ -90,7 +90,7 @@ class ClassifierReward:
         self._model = model.to(PartialState().device).eval()
 
 
-def _positions(model: nn.Module) -> int:
+def _positions(model: PreTrainedModel) -> int:
     """How many tokens a model takes: its learned positions, of which RoBERTa keeps the first for padding."""
     found = [getattr(module, "position_embeddings", None) for module in model.modules()]
     learned = [table for table in found if isinstance(table, nn.Embedding)]
