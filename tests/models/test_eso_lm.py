@@ -7,6 +7,7 @@ import torch
 from cases import IDS, SEEDS, sample_any_order, saved_tensors, whole_canvas
 from helpers_eso_lm import BLOCKS, CONFIG, EOS, HEADS, HIDDEN, MASK, VOCAB, run, write_original
 from helpers_families import check_adapter_and_merge, check_attention, check_loading, check_training, logits
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Tokenizer
@@ -15,6 +16,7 @@ from trl_dllm import cli
 from trl_dllm.likelihood import AnyOrder, token_logps
 from trl_dllm.models import MaskedDiffusionSpec
 from trl_dllm.models.eso_lm import EsoLMConfig, EsoLMForCausalLM
+from trl_dllm.models.lora import register_lora_targets
 
 
 @pytest.fixture
@@ -154,6 +156,14 @@ def test_it_is_trained_adapted_and_merged(tmp_path):
     check_adapter_and_merge(tmp_path / "converted", set(EsoLMForCausalLM.lora_targets))
 
 
+def test_a_bare_lora_config_adapts_its_linear_layers(folders):
+    """The MLP's too, whose names are not Llama's."""
+    register_lora_targets()
+    model = get_peft_model(load(folders[1]), LoraConfig(r=2))
+    adapted = {name.split(".lora_A")[0].rsplit(".", 1)[1] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == set(EsoLMForCausalLM.lora_targets)
+
+
 def test_the_defaults_are_the_released_models():
     config = EsoLMConfig()
     assert (config.vocab_size, config.mask_token_id, config.eos_token_id, config.pad_token_id) == (
@@ -205,7 +215,7 @@ def test_weights_may_stand_in_several_files_or_one_of_torchs(tmp_path):
     [
         ({"time_conditioning": True}, "time_conditioning=True in the config: .* Use one that was trained without"),
         ({"mask_index": None}, "mask_index=None in the config, where .* whole number. Give the config.json of"),
-        ({"cond_dim": "8"}, "cond_dim='8' in the config"),
+        ({"n_blocks": "2"}, "n_blocks='2' in the config"),
         ({"n_heads": 5}, "hidden_size=32 is no multiple of n_heads=5"),
         ({"n_blocks": 3}, r"blocks\.2\.adaLN_modulation\.bias, .* and 6 more are missing among .*n_blocks=3"),
         ({"n_blocks": 1}, r"blocks\.1\..* are unknown among the weights"),

@@ -91,7 +91,7 @@ def convert_config(hub: Mapping[str, Any], state: Mapping[str, Tensor]) -> EsoLM
             f"time_conditioning={hub['time_conditioning']!r} in the config: norms and gates of this checkpoint follow "
             "the time, and cannot be folded into weights. Use one that was trained without it, as Eso-LM-B's are."
         )
-    missing = [name for name in (*_CONFIG_NAMES, "cond_dim") if not isinstance(hub.get(name), int)]
+    missing = [name for name in _CONFIG_NAMES if not isinstance(hub.get(name), int)]
     if missing:
         raise ValueError(
             f"{', '.join(f'{name}={hub.get(name)!r}' for name in missing)} in the config, where Eso-LM's has a whole "
@@ -199,8 +199,8 @@ def _check_keys(config: EsoLMConfig, state: Mapping[str, Tensor]) -> None:
         if keys:
             raise ValueError(
                 f"{_some(keys)} {'is' if len(keys) == 1 else 'are'} {kind} among the weights: they are not those "
-                f"of an Eso-LM with n_blocks={config.num_hidden_layers}. Take config.json and weights of one checkpoint of "
-                "the Hub (Eso-LM-B-alpha-1)."
+                f"of an Eso-LM with n_blocks={config.num_hidden_layers}. Take config.json and weights of one "
+                "checkpoint of the Hub (Eso-LM-B-alpha-1)."
             )
     for key, shape in shapes.items():
         if tuple(state[key].shape) != shape:
