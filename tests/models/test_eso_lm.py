@@ -132,8 +132,8 @@ def test_it_loads_and_is_saved_like_any_other(tmp_path):
 @pytest.mark.parametrize(
     "prompts", [[[]] * 4, [[EOS]] * 4, [[EOS], [EOS, 97, 98], [7, 9, 33, 20, 5], [41]]], ids=["empty", "bos", "ragged"]
 )
-def test_any_order_decoding_and_its_likelihood_are_exact(folders, prompts, remasking, cache):
-    """Identity 3, with a token a step: sampler, one forward of P + 2L tokens, and Eso-LM's own sequential mode."""
+def test_identity_3_on_a_converted_eso_lm(folders, prompts, remasking, cache):
+    """With a token a step: sampler, one forward of P + 2L tokens, and Eso-LM's own sequential mode."""
     state, folder = folders
     model = load(folder)
     settings = {"max_new_tokens": 12, "block_length": 12, "diffusion_steps": 12, "temperature": 1.0}
