@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..models import DreamConfig, LLaDAConfig, backbone_parameters
+from ..models.eso_lm import EsoLMConfig
 from ..models.illada import ILLaDAConfig
 from ..models.llada_moe import LLaDAMoEConfig
 from ..models.tiny import create_tiny_model
@@ -52,6 +53,7 @@ _PUBLISHED: dict[str, Callable[[], Any]] = {
     "dream": _dream,
     "diffucoder": _dream,
     **{f"tiny_{name}/init": partial(_tiny, name) for name in ("llada", "sdar")},
+    "eso_lm": EsoLMConfig,  # converted
 }
 
 

@@ -214,7 +214,7 @@ def check_named(script_args: TaskArguments, model_args: ModelArguments) -> None:
     """Raise ValueError where no model or no data are named."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name a model's folder, or one of the Hub.")
-    if script_args.task is None and script_args.dataset_name is None:
+    if script_args.task is None and script_args.dataset_name is None and getattr(script_args, "prompt", None) is None:
         raise ValueError("Nothing to train on: set task (e.g. sudoku) or dataset_name.")
 
 
