@@ -18,6 +18,7 @@ COMMANDS = {
     "generate": "complete prompts",
     "report": "compare likelihood estimates with what a model draws",
     "merge": "merge an adapter into its base model",
+    "convert": "convert a checkpoint that needs its own code into one that does not",
     "recipe": "list the recipes, or print one with its base filled in",
 }
 

@@ -41,6 +41,36 @@ def tiny_checkpoint(tmp_path_factory) -> str:
     return folder
 
 
+# What neither the memory nor the operations of a step depend on.
+_FREE = {
+    *("output_dir", "run_name", "seed", "save_steps", "save_total_limit", "eval_steps", "logging_steps"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "weight_decay"),
+    *("adam_beta2", "max_grad_norm", "epsilon", "scale_rewards", "temperature", "score_temperature"),
+    "generation_batch_size",  # of all processes
+}
+
+
+@pytest.fixture(scope="session")
+def measured():
+    """`measured(recipe, *flags)`: settings, model settings and what a dry run measures, once for those alike."""
+    from trl_dllm.reports.dry_run import first_stage, measure
+    from trl_dllm.scripts import dpo, grpo, sft
+
+    cache = {}
+
+    def get(recipe: str, *flags: str):
+        command = recipe.split("/")[1]
+        parser = {"grpo": grpo, "sft": sft, "dpo": dpo}[command].make_parser()
+        _, args, model_args = parser.parse_args_and_config(["--config", recipe, "--dry_run", "true", *flags])
+        settings = {**vars(args), **vars(model_args), "model_name_or_path": first_stage(model_args.model_name_or_path)}
+        key = str({name: str(value) for name, value in settings.items() if name not in _FREE and name[0] != "_"})
+        if key not in cache:
+            cache[key] = measure(command, args, model_args)
+        return args, model_args, cache[key]
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder with the real data (GSM8K, Countdown, Sudoku, stored generations, …)."""

@@ -27,8 +27,13 @@ def run(command: str, argv: list[str]) -> None:
     with one_line(prog, debug):
         module = import_module(f"trl_dllm.scripts.{name}")
         if command in TRAINS:
+            dry = import_module("trl_dllm.scripts.dry")
             script_flags = {flag for action in module.make_parser()._actions for flag in action.option_strings}
             launch, script = split_launch_arguments(rest, script_flags)
+            if dry.is_dry(script):
+                sharding = dry.sharding_of(resolve_accelerate_config(launch))
+                dry.run_dry(prog, module.make_parser, module.main, [*script, *["--debug"] * debug], sharding)
+                return
             if launch or _several_gpus():
                 _launch(prog, resolve_accelerate_config(launch), name, [*script, *["--debug"] * debug])
                 return

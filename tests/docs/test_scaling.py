@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -11,13 +10,13 @@ from test_code_blocks import blocks, commands
 
 from trl_dllm import cli
 from trl_dllm.reports import dry_run
+from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts import grpo, sft
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
-PARTS = ["weights", "gradients", "optimizer", "activations", "reference", "total"]
+PARTS = ["weights", "gathered weights", "gradients", "optimizer", "activations", "reference", "total"]
 QUANTISATION = {"4-bit": [], "bfloat16": ["--load_in_4bit", "false", "--use_bnb_nested_quant", "false"], "": []}
-STAGES = {"none": 0, "ddp": 0, "zero2": 2, "zero3": 3}
 
 
 def rows() -> list[list[str]]:
@@ -39,14 +38,13 @@ def offline(monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", rows(), ids=lambda row: " ".join(row[:3]))
-def test_the_memory_is_what_the_dry_run_computes(row, monkeypatch):
+def test_the_memory_is_what_the_dry_run_measures(row, measured, monkeypatch):
     recipe, _, precision = row[0].partition(", ")
-    argv = ["--config", f"llada_8b/grpo/{recipe}", "--dry_run", "true", *QUANTISATION[precision]]
-    _, args, model_args = grpo.make_parser().parse_args_and_config(argv)
-    monkeypatch.setattr(type(args), "world_size", int(row[2]))
-    args.deepspeed_plugin = SimpleNamespace(zero_stage=STAGES[row[1]])
-    facts = dry_run.describe("grpo", args, model_args)
+    monkeypatch.setattr(transformers.TrainingArguments, "world_size", int(row[2]))
+    args, model_args, found = measured(f"llada_8b/grpo/{recipe}", *QUANTISATION[precision])
+    facts = dry_run.describe("grpo", args, model_args, Sharding(row[1], int(row[2])), found)
     assert row[3:] == [f"{facts.get(f'GiB a GPU: {part}', 0.0):.1f}" for part in PARTS]
 
 

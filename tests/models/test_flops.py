@@ -107,7 +107,9 @@ def test_frozen_layers_below_the_first_trained_one_are_not_recomputed(trained):
 
 
 @pytest.mark.parametrize("trained", ["all", "lora", "lora on q"])
-@pytest.mark.parametrize("family, attention", [("llada", "eager"), ("dream", "sdpa"), ("dream", "eager")])
+@pytest.mark.parametrize(
+    "family, attention", [("llada", "eager"), ("dream", "sdpa"), ("dream", "eager"), ("eso_lm", "sdpa")]
+)
 def test_every_family_and_attention(family, attention, trained):
     # In the first layer that is trained, eager attention needs the gradients of some of q, k and v alone.
     check(TRAINED[trained](tiny(family, attention)), tolerance=0.03)

@@ -31,10 +31,12 @@ def parse(name: str, *overrides: str):
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_parses(name):
     script_args, training_args, model_args = parse(name)
-    assert (script_args.task is None) != (script_args.dataset_name is None), "a recipe names a task or a dataset"
+    sources = (script_args.task, script_args.dataset_name, getattr(script_args, "prompt", None))
+    assert sum(source is not None for source in sources) == 1, "a recipe names a task, a dataset or a prompt"
     assert model_args.model_name_or_path and training_args.output_dir.startswith("runs/")
     if "/grpo/" in name:
-        rewards = resolve_rewards(script_args.task, script_args.reward_funcs, script_args.reward_model_name_or_path)
+        model, label = script_args.reward_model_name_or_path, script_args.reward_model_label
+        rewards = resolve_rewards(script_args.task, script_args.reward_funcs, model, label)
         assert rewards
         training_args.build_estimator()
 
@@ -236,6 +238,15 @@ def test_checkpointing_and_sharding_are_what_memory_asks_for(name):
         assert settings["deepspeed_config"]["zero_stage"] >= 2
 
 
+def test_grpo_of_the_published_any_order_llada_differs_in_the_checkpoint_alone():
+    ours, published = (load_recipe(NAMES[f"llada_8b/grpo/gsm8k_{name}"]) for name in ("any_order", "ao_llada"))
+    assert published["model_name_or_path"] == "GuanghanWang/d2_anyorder_causal_llada_intellectsft_gsm8k"
+    assert {key for key in ours | published if ours.get(key) != published.get(key)} == {
+        "model_name_or_path",
+        "output_dir",
+    }
+
+
 def test_tiny_any_order_recipes_differ_from_their_baselines_in_the_likelihood_alone():
     """DDPO: exact, unclipped, no KL, group advantages; diffu-GRPO: the mean field of the tokens; StepMerge."""
     _, ours, model = parse("tiny_llada/grpo/sudoku_any_order")
@@ -253,3 +264,20 @@ def test_tiny_any_order_recipes_differ_from_their_baselines_in_the_likelihood_al
         assert {key: theirs[key] for key in differing} == {k: v for k, v in changes.items() if k in differing}
         assert set(changes) - {"epsilon_high"} <= differing, name
         assert args.beta == 0
+
+
+@pytest.mark.parametrize("name", ["toxicity", "toxicity_ddpo"])
+def test_toxicity_of_eso_lm_is_d2s(name):
+    """d2 §5.1.1, App. C.1.1: no prompt, 512 tokens, groups of 16 in fours, temperature 1, no clipping and no KL."""
+    script_args, args, model_args = parse(f"eso_lm/grpo/{name}")
+    assert script_args.prompt == "<|endoftext|>" and script_args.task is script_args.dataset_name is None
+    assert (script_args.reward_model_label, script_args.reward_funcs) == ("toxic", None)
+    assert script_args.reward_model_name_or_path == "s-nlp/roberta_toxicity_classifier"
+    assert (args.estimator, args.decoding, args.cache) == ("any_order", "any_order", "exact")
+    assert args.generation_config().schedule == [1] * 512 == [1] * args.max_completion_length
+    assert (args.temperature, args.score_temperature, args.remasking) == (1.0, None, "random")  # the sampling one
+    assert (args.num_generations, args.per_device_train_batch_size, args.generation_batch_size) == (16, 4, 16)
+    assert (args.beta, args.epsilon, args.scale_rewards, args.loss_tokens) == (0, 1e9, "group", "canvas")
+    assert args.loss_type == {"toxicity": "grpo", "toxicity_ddpo": "dr_grpo"}[name]
+    assert script_args.num_eval_examples * args.num_generations == 512
+    assert not model_args.use_peft and not args.stop_at_eos

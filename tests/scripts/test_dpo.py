@@ -55,7 +55,6 @@ def test_pairs_of_a_data_set_are_trained_on(tmp_path, tiny_checkpoint):
         ({"rejected_kwargs": {"answer_noise": "x"}}, "rejected_kwargs: answer_noise='x' must be a finite number"),
         ({"rejected_kwargs": "[1]"}, "rejected_kwargs='\\[1\\]' must be a mapping"),
         ({"task": None}, "rejected_kwargs=.* without task"),
-        ({"dry_run": True}, "dry_run=True: trl-dllm dpo has no dry run"),
     ],
 )
 def test_settings_that_make_no_pairs(changes, message, tmp_path):

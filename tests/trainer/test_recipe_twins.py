@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers_classifier import write_classifier
+from helpers_eso_lm import EOS, run, write_original
 from helpers_grpo import reward, text_prompts, tiny
 from transformers import TrainerCallback
 from trl import get_peft_config
 
 from trl_dllm import DiffusionGRPOTrainer
+from trl_dllm.models import backbone_parameters
 from trl_dllm.recipe import load_recipe, recipe_paths
-from trl_dllm.reports.dry_run import describe
-from trl_dllm.scripts.grpo import make_parser
+from trl_dllm.reports.dry_run import generation_batch
+from trl_dllm.scripts.grpo import main, make_parser
 
 
 FILES = [path for name, path in recipe_paths().items() if name.startswith("llada_8b/grpo/")]
@@ -99,7 +102,7 @@ def test_the_tiny_twin_of_a_recipe_trains_ten_steps(tmp_path, path):
             assert getattr(args, key) == recipe[key], f"{key} is the recipe's"
     model, tokenizer = tiny(scale=8.0)
     model.config.save_pretrained(tmp_path)
-    foreseen = describe("grpo", args, model_args)
+    foreseen = generation_batch(args, backbone_parameters(model), frozen_backbone=bool(model_args.use_peft))
     callback = Gradients()
     trainer = DiffusionGRPOTrainer(
         model,
@@ -165,3 +168,53 @@ def test_step_merge_recipes_have_the_papers_settings(task, segments, iterations,
     assert (args.num_generations, args.scale_rewards, args.loss_type) == (6, "none", "grpo")
     assert 8 * args.per_device_train_batch_size * args.gradient_accumulation_steps == 16 * 6
     assert (model.lora_r, model.lora_alpha, model.lora_dropout, model.load_in_4bit) == (128, 64, 0.05, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"), [("toxicity", None), ("toxicity", ""), ("toxicity_ddpo", None)], ids=["bos", "empty", "ddpo"]
+)
+def test_the_tiny_twin_of_an_eso_lm_recipe_is_steered(tmp_path, name, prompt):
+    """From a checkpoint in Eso-LM's own keys to a run that raises the classifier's log-probability of its label."""
+    write_original(tmp_path / "hub", torch.float32)
+    run("eso_lm", tmp_path / "hub", tmp_path / "init")
+    (tmp_path / "classifier").mkdir()
+    path, steps = recipe_paths()[f"eso_lm/grpo/{name}"], 15
+    overrides = {
+        "max_completion_length": CANVAS,
+        "block_length": CANVAS,
+        "diffusion_steps": CANVAS,
+        "max_steps": steps,
+        "eval_steps": steps,
+        "num_eval_examples": 1,
+        "num_generations": 64,
+        "per_device_train_batch_size": 64,
+        "per_device_eval_batch_size": 64,
+        "gradient_accumulation_steps": 1,
+        "num_train_examples": steps,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "model_name_or_path": tmp_path / "init",
+        "reward_model_name_or_path": write_classifier(tmp_path / "classifier", seed=8),  # -4 on average, 0 at best
+        "output_dir": tmp_path / "run",
+        "save_strategy": "no",
+        "disable_tqdm": "true",
+        "use_cpu": "true",
+        "bf16": "false",
+        **({} if prompt is None else {"prompt": prompt}),
+    }
+    words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+    script_args, args, model_args = make_parser().parse_args_and_config(["--config", str(path), *words])
+    recipe = load_recipe(path)
+    for key in KEPT:
+        if key in recipe:
+            assert getattr(args, key) == recipe[key], f"{key} is the recipe's"
+    trainer = main(script_args, args, model_args)
+    log = trainer.state.log_history
+    rewards = [entry["reward"] for entry in log if "reward" in entry]
+    assert len(rewards) == steps and rewards == [e["rewards/log_prob_toxic/mean"] for e in log if "reward" in e]
+    assert all(entry["grad_norm"] > 0 and math.isfinite(entry["loss"]) for entry in log if "loss" in entry)
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1, rewards
+    assert any("eval_reward" in entry for entry in log)
+    assert trainer.processing_class.bos_token_id == EOS and "kl" not in log[0]
+    facts = json.loads((tmp_path / "run" / "fingerprint.json").read_text())["meaning"]
+    assert facts["reward_funcs"][0]["label"] == "toxic"

@@ -6,6 +6,7 @@ cache is exact: rows that begin together run each distinct prompt once, and each
 step before revealed and the masked positions of the current block.
 """
 
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -198,7 +199,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self, cache: "SlotCache"):
         super().__init__()
-        self.cache = cache
+        self.cache = weakref.proxy(cache)  # a circle would keep keys and values until Python looks for circles
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = self._slots(key_states), self._slots(value_states)

@@ -12,6 +12,7 @@ from .a2d import (
     A2DQwen3LMHeadModel,
 )
 from .dream import DreamConfig, DreamModel, DreamTokenizer
+from .eso_lm import EsoLMConfig, EsoLMForCausalLM, EsoLMHubConfig
 from .hub import HubConfig, HubKeys
 from .illada import ILLaDAConfig, ILLaDAForCausalLM
 from .llada import LLaDAConfig, LLaDAModelLM
@@ -31,6 +32,7 @@ FAMILIES: dict[str, tuple[type[HubConfig], type[HubKeys]]] = {
     "sdar": (SDARConfig, SDARForCausalLM),
     "sdar_moe": (SDARMoeConfig, SDARMoeForCausalLM),
     "llada2": (LLaDA2MoeConfig, LLaDA2MoeModelLM),
+    "eso_lm": (EsoLMConfig, EsoLMForCausalLM),
 }
 
 
@@ -44,4 +46,5 @@ def register_families() -> None:
         AutoModelForCausalLM.register(config, model, exist_ok=True)
         if model.hub_conversion:
             register_checkpoint_conversion_mapping(model.__name__, model.hub_conversion, overwrite=True)
+    AutoConfig.register(EsoLMHubConfig.model_type, EsoLMHubConfig, exist_ok=True)
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)

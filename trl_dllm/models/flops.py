@@ -32,7 +32,9 @@ _STAGES = {
     "gate_up_proj": 6,
     "gate_proj": 6,
     "up_proj": 6,
+    "c_fc": 6,
     "down_proj": 7,
+    "c_proj": 7,
 }
 _ATTENTION = 3
 

@@ -3,8 +3,8 @@
 from .families import FAMILIES
 
 
-# The linear projections of a layer, by the names that almost all families share. For stock decoders PEFT takes q and v
-# alone.
+# The linear projections of a layer, by the names that almost all families share; the others' classes have their own
+# `lora_targets`. For stock decoders PEFT takes q and v alone.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -15,5 +15,5 @@ def register_lora_targets() -> None:
     """
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as targets
 
-    for config, _ in FAMILIES.values():
-        targets.setdefault(config.model_type, list(LORA_TARGETS))
+    for config, model in FAMILIES.values():
+        targets.setdefault(config.model_type, list(getattr(model, "lora_targets", LORA_TARGETS)))

@@ -1,22 +1,31 @@
-"""What a run will do, before any weight is loaded: batches, forwards, floating-point operations and memory a GPU."""
+"""What a run will do, before any weight is loaded: batches, floating-point operations and memory a GPU.
+
+The batches and d2's formula (App. C.2) are arithmetic. Memory and counted operations are measured: the step itself is
+run on fake tensors (`fake.py`), on one process, and `memory.py` says what sharding makes of that.
+"""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..likelihood.view import IGNORE
-from ..models import DreamConfig, LLaDAConfig, TrainingFlops, backbone_parameters
-from ..models.hub import HubConfig
+from ..models import DreamConfig, LLaDAConfig, backbone_parameters
+from ..models.eso_lm import EsoLMConfig
 from ..models.illada import ILLaDAConfig
 from ..models.llada_moe import LLaDAMoEConfig
-from ..models.lora import register_lora_targets
+from ..models.tiny import create_tiny_model
+from ..recipe import load_recipe, recipe_paths
 from ..rollout import Rollout
+from .memory import Sharding
 
 
-_PROMPT = 200  # tokens of a prompt, which nobody has read yet
+if TYPE_CHECKING:
+    from .fake import Measured
 
 
 def _dream() -> DreamConfig:
@@ -30,19 +39,38 @@ def _dream() -> DreamConfig:
     )
 
 
-# Shapes of published checkpoints, for a machine that cannot reach the Hub: the first that a name contains.
-_PUBLISHED: dict[str, Callable[[], HubConfig]] = {
+def _tiny(family: str):
+    return create_tiny_model(family)[0].config
+
+
+# Shapes of published checkpoints, for a machine that cannot reach the Hub: the first that a name contains. And those
+# that `trl-dllm init-tiny` writes where the tiny recipes look.
+_PUBLISHED: dict[str, Callable[[], Any]] = {
     "illada": ILLaDAConfig,
     "llada-moe": LLaDAMoEConfig,
     "llada-8b": LLaDAConfig,
     "llada-1.5": LLaDAConfig,
     "dream": _dream,
     "diffucoder": _dream,
+    **{f"tiny_{name}/init": partial(_tiny, name) for name in ("llada", "sdar")},
+    "eso_lm": EsoLMConfig,  # converted
 }
+
+
+def first_stage(name: str) -> str:
+    """The model itself or, for a folder that is not there and that a recipe writes, what that recipe starts from."""
+    while not Path(name).exists():
+        recipes = map(load_recipe, recipe_paths().values())
+        before = next((recipe["model_name_or_path"] for recipe in recipes if recipe.get("output_dir") == name), None)
+        if before is None:
+            return name
+        name = before
+    return name
 
 
 def read_config(name: str):
     """The model's config: from its folder or the Hub, else the published shapes of a known family."""
+    name = first_stage(name)
     try:
         return AutoConfig.from_pretrained(name)
     except OSError:
@@ -54,72 +82,54 @@ def read_config(name: str):
 
 def count_parameters(config) -> int:
     """Parameters of a model of this config, without making any."""
-    return backbone_parameters(_without_weights(config))
+    with torch.device("meta"):
+        return backbone_parameters(AutoModelForCausalLM.from_config(config))
 
 
-def estimate_memory(config, args, model_args, parameters: int, trainable: int, columns: int, rows: int) -> dict:
-    """Bytes a GPU, by part: weights, gradients, optimizer states, activations of one view, the reference model."""
-    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(str(model_args.dtype), 2)
-    weight = 0.55 if model_args.load_in_4bit else 1 if model_args.load_in_8bit else size
-    stage = getattr(getattr(args, "deepspeed_plugin", None), "zero_stage", 0) or 0
-    world = max(1, args.world_size)
-    trained_size = size
-    if model_args.use_peft:
-        # PEFT makes float32 adapters. TRL casts those on quantised weights, and keeps the model's type under ZeRO-3.
-        quantised = model_args.load_in_4bit or model_args.load_in_8bit
-        trained_size = 2 if quantised else size if stage == 3 else 4
-    master = 4 if stage >= 1 and trained_size < 4 else 0  # DeepSpeed steps on a float32 copy
-    adapter = trainable if model_args.use_peft else 0
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    # With checkpointing a layer keeps its input and one layer at a time its inside, else every layer its inside.
-    inside = 2 * (8 * hidden + 3 * config.intermediate_size)
-    token = 2 * hidden * layers + inside if args.gradient_checkpointing else layers * inside
-    reference = getattr(args, "beta", 0) != 0 and not model_args.use_peft
-    return {
-        "weights": (parameters * weight + adapter * trained_size) / (world if stage == 3 else 1),
-        "gradients": trainable * trained_size / (world if stage >= 2 else 1),
-        "optimizer": trainable * (8 + master) / (world if stage >= 1 else 1),
-        "activations": rows * columns * token + 3 * 64 * config.vocab_size * 4,  # and the tiles of the head
-        "reference": parameters * size / (world if stage == 3 else 1) if reference else 0,
-    }
+def measure(command: str, args, model_args) -> "Measured":
+    """What a step takes on one process."""
+    from . import fake  # and with it the trainers
+
+    config = read_config(model_args.model_name_or_path)
+    measures = {"grpo": fake.measure_grpo, "sft": fake.measure_sft, "dpo": fake.measure_dpo}
+    return measures[command](args, model_args, config)
 
 
-def describe(command: str, args, model_args) -> dict:
-    """The numbers of a run of `grpo` or `sft`, by name.
+def describe(
+    command: str, args, model_args, sharding: Sharding | None = None, measured: "Measured | None" = None
+) -> dict:
+    """The numbers of a run of `grpo`, `sft` or `dpo`, by name.
 
-    Those by d2's formula (App. C.2) are of all processes, and equal the log's `flops_paper`; the counted ones are of
-    one micro-batch on one GPU, with prompts of 200 tokens.
+    FLOPs are of all processes, memory is of one: both for prompts of 200 tokens, and completions that fill their
+    canvas. `sharding` says how the step is spread over them; None reads it from the settings. `measured` saves a
+    measurement where only that differs.
     """
-    config = read_config(model_args.model_name_or_path).get_text_config()
-    model = _without_weights(config, args, model_args)
-    parameters = backbone_parameters(model)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rows = args.per_device_train_batch_size
-    step_rows = rows * args.gradient_accumulation_steps * max(1, args.world_size)
+    measured = measured or measure(command, args, model_args)
+    sharding = sharding or Sharding.of(args)
+    sharding = replace(sharding, gathers=getattr(args, "ds3_gather_for_generation", True))
+    name, processes = model_args.model_name_or_path, max(1, args.world_size)
+    base, parameters = first_stage(name), count_parameters(read_config(name))
     facts = {
-        "model": model_args.model_name_or_path,
-        "parameters": f"{parameters / 1e9:.2f} B, {trainable / 1e6:.1f} M trained",
-        "processes": args.world_size,
+        "model": name if base == name else f"{name}, not there yet: as {base}",
+        "parameters": f"{parameters / 1e9:.2f} B, {measured.footprint.parameters / 1e6:.1f} M trained",
+        "processes": f"{processes}, {sharding.kind}" if processes > 1 else processes,
     }
-    if command == "sft":
-        columns = args.canvas_length or args.max_length or 1024
-        facts["rows an optimizer step"] = step_rows
-        facts["FLOPs an optimizer step"] = (4.0 if model_args.use_peft else 6.0) * parameters * step_rows * columns
+    step_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    flops = {part: float(number * processes) for part, number in measured.flops.items()}
+    if command != "grpo":
+        facts["pairs an optimizer step" if command == "dpo" else "rows an optimizer step"] = step_rows
+        facts |= {f"FLOPs an optimizer step, counted: forwards {part}": number for part, number in flops.items()}
     else:
-        rollout = Rollout.scheduled(args.max_completion_length, args.generation_config().diffusion_steps)
-        view = args.build_estimator().view(rollout, 0, rollout.view_seed, 0)
-        columns = _PROMPT + view.input_ids.shape[1]
         facts["completions an optimizer step"] = step_rows
-        facts |= _generation_batch(args, parameters, model_args.use_peft)
-        facts |= _micro_batch(args, TrainingFlops(model), columns, int((view.targets != IGNORE).sum()))
-    memory = estimate_memory(config, args, model_args, parameters, trainable, columns, rows)
-    facts |= {f"GiB a GPU: {name}": value / 2**30 for name, value in memory.items() if value}
-    facts["GiB a GPU: total"] = sum(memory.values()) / 2**30
-    return facts
+        facts |= generation_batch(args, parameters, measured.footprint.parameters < parameters)
+        facts |= {f"FLOPs of a generation batch, counted: {part}": number for part, number in flops.items()}
+        facts["flops of a generation batch"] = sum(flops.values())
+    memory = sharding.memory(measured.footprint)
+    return facts | {f"GiB a GPU: {part}": value / 2**30 for part, value in memory.items() if value}
 
 
-def _generation_batch(args, parameters: int, frozen_backbone: bool) -> dict:
-    """What a generation batch of GRPO is, and what it costs by d2's formula."""
+def generation_batch(args, parameters: int, frozen_backbone: bool) -> dict:
+    """What a generation batch of GRPO is, and what it costs by d2's formula: the log's `flops_paper`."""
     estimator, steps = args.build_estimator(), args.generation_config().diffusion_steps
     paper = args.paper_flops(args.generation_batch_size, parameters, frozen_backbone, estimator)
     optimizer_steps = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
@@ -139,45 +149,21 @@ def _generation_batch(args, parameters: int, frozen_backbone: bool) -> dict:
     return facts
 
 
-def _micro_batch(args, count: TrainingFlops, columns: int, scored: int) -> dict:
-    """Counted operations of a decoding step and of an update on one view, which scores `scored` positions a row."""
-    rows, width = args.per_device_train_batch_size, _PROMPT + args.max_completion_length
-    sampled = rows * args.generation_config().block_length
-    update = count.view(rows, columns, rows * scored, training=True, reference=args.kl_estimator == "full")
-    return {
-        f"FLOPs of a decoding step of {rows} rows, counted": float(count(rows, width, width, sampled)),
-        f"FLOPs of an update on a view of {rows} rows, counted": float(update),
-    }
-
-
-def _without_weights(config, args=None, model_args=None) -> nn.Module:
-    """The model that a run would train, with its adapter and checkpointing, on the meta device."""
-    from peft import get_peft_model
-    from trl import get_peft_config
-
-    register_lora_targets()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        adapter = get_peft_config(model_args) if model_args else None
-        if adapter is not None:
-            model = get_peft_model(model, adapter)
-    if args is not None and args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-    return model.train()
-
-
-def dry_run(command: str, args, model_args) -> dict:
+def dry_run(
+    command: str, args, model_args, sharding: Sharding | None = None, measured: "Measured | None" = None
+) -> dict:
     """Print `describe` as a table, and return it."""
-    return _print(command, describe(command, args, model_args))
+    return _print(command, describe(command, args, model_args, sharding, measured))
 
 
 def dry_run_decoding(command: str, name: str, config, rows: int, batch_size: int, dtype: str = "bfloat16") -> dict:
     """Print what decoding `rows` canvases costs, and return it."""
-    model = read_config(name).get_text_config()
+    from .fake import measure_decoding
+
+    model = read_config(name)
     parameters = count_parameters(model)
-    size = 4 if dtype == "float32" else 2
-    columns, inside = config.max_new_tokens + _PROMPT, 2 * (8 * model.hidden_size + 3 * model.intermediate_size)
-    weights, activations = parameters * size, batch_size * columns * inside + 3 * 64 * model.vocab_size * 4
+    together = min(rows, batch_size)
+    flops, weights, activations = measure_decoding(model, config, together, dtype)
     facts = {
         "model": f"{name} ({parameters / 1e9:.2f} B parameters)",
         "completions": rows,
@@ -185,6 +171,7 @@ def dry_run_decoding(command: str, name: str, config, rows: int, batch_size: int
         "decoding steps a completion": config.diffusion_steps,
         "forwards": -(-rows // batch_size) * config.diffusion_steps,
         "FLOPs (d2 App. C.2)": float(rows * config.max_new_tokens * config.diffusion_steps * 2 * parameters),
+        "FLOPs, counted": float(flops * rows / together),
         "GiB a GPU: weights": weights / 2**30,
         "GiB a GPU: activations": activations / 2**30,
         "GiB a GPU: total": (weights + activations) / 2**30,
@@ -203,6 +190,7 @@ def _print(command: str, facts: dict) -> dict:
     console = Console()
     console.print(table)
     console.print(
-        f"Memory is an estimate for prompts of {_PROMPT} tokens; fragmentation and the framework come on top."
+        "Memory is that of the step, run on fake tensors with prompts of 200 tokens and full canvases; fragmentation, "
+        "CUDA's context and its kernels' workspaces come on top."
     )
     return facts

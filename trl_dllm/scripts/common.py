@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn, cast
 
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from trl_dllm.fields import check_choice, check_fields, check_kind
@@ -104,8 +103,7 @@ class RecipeParser(TrlParser):
 
     def parse_known_args(self, args=None, namespace=None):
         namespace, remaining = super().parse_known_args(args, namespace)
-        # A dry run loads no weights, so a bf16 recipe needs no GPU for it.
-        if namespace.dry_run and not is_torch_bf16_gpu_available():
+        if namespace.dry_run:  # its tensors are fake, and stand nowhere
             namespace.use_cpu = True
         return namespace, remaining
 
@@ -129,7 +127,7 @@ class TaskArguments(ScriptArguments):
         num_train_examples (`int`): training examples to generate or take.
         num_eval_examples (`int`): evaluation examples to generate or take.
         data_dir (`str`, *optional*): local folder with the task's data, instead of the Hub.
-        dry_run (`bool`): load no weights; print the batch arithmetic, FLOPs and a memory estimate a GPU, and stop.
+        dry_run (`bool`): load no weights; run a step on fake tensors, print its batches, FLOPs and memory, and stop.
         puzzle_seed (`int`, *optional*): seed of generated data; `None` takes the run's.
         start_over (`bool`): begin anew in an output_dir that holds another run, whose files are moved aside.
     """
@@ -145,7 +143,7 @@ class TaskArguments(ScriptArguments):
     data_dir: str | None = field(default=None, metadata={"help": "Local folder with the task's data."})
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Load no weights: print the batch arithmetic, FLOPs and a memory estimate, and stop."},
+        metadata={"help": "Load no weights: run a step on fake tensors, print batches, FLOPs and memory, and stop."},
     )
     puzzle_seed: int | None = field(
         default=None, metadata={"help": "Seed of generated data. None takes the run's seed."}
@@ -216,7 +214,7 @@ def check_named(script_args: TaskArguments, model_args: ModelArguments) -> None:
     """Raise ValueError where no model or no data are named."""
     if model_args.model_name_or_path is None:
         raise ValueError("model_name_or_path is missing: name a model's folder, or one of the Hub.")
-    if script_args.task is None and script_args.dataset_name is None:
+    if script_args.task is None and script_args.dataset_name is None and getattr(script_args, "prompt", None) is None:
         raise ValueError("Nothing to train on: set task (e.g. sudoku) or dataset_name.")
 
 

@@ -9,7 +9,8 @@ from argparse import ArgumentTypeError
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trl_dllm.command import run_script
+from trl_dllm.reports.dry_run import dry_run
+from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts.common import (
     ModelArguments,
     RecipeParser,
@@ -19,6 +20,7 @@ from trl_dllm.scripts.common import (
     model_init_kwargs,
     train_and_save,
 )
+from trl_dllm.scripts.dry import run_launched
 from trl_dllm.scripts.runs import begin_run
 from trl_dllm.scripts.task_data import check_task_kwargs, find_task, json_mapping
 from trl_dllm.trainer.dpo_config import DiffusionDPOConfig
@@ -50,8 +52,6 @@ class DiffusionDPOScriptArguments(TaskArguments):
             except ArgumentTypeError as error:
                 raise ValueError(f"rejected_kwargs={error}.") from error
         super().__post_init__()
-        if self.dry_run:
-            raise ValueError("dry_run=True: trl-dllm dpo has no dry run. Leave it out.")
         if self.task is None and self.rejected_kwargs is not None:
             raise ValueError(
                 f"rejected_kwargs={self.rejected_kwargs!r} without task: a dataset has its rejected answers in a "
@@ -110,8 +110,11 @@ def main(
     training_args: DiffusionDPOConfig,
     model_args: ModelArguments,
     callbacks: list | None = None,
+    sharding: Sharding | None = None,
 ):
     check_named(script_args, model_args)
+    if script_args.dry_run:
+        return dry_run("dpo", training_args, model_args, sharding)
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionDPOTrainer
@@ -139,4 +142,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_script("trl-dllm dpo", make_parser, main, sys.argv[1:])
+    run_launched("trl-dllm dpo", make_parser, main, sys.argv[1:])

@@ -5,9 +5,10 @@ from difflib import get_close_matches
 
 from trl_dllm.fields import imported
 from trl_dllm.scripts.task_data import find_task
+from trl_dllm.trainer.classifier import ClassifierReward
 
 
-Reward = str | Callable[..., list[float]]  # the name of a reward model, or a function
+Reward = str | ClassifierReward | Callable[..., list[float]]  # the name of a reward model, or a function
 
 # Rewards of open-r1's recipes, whose names stand in many of them, and what is written here instead.
 _OPEN_R1 = {
@@ -21,13 +22,22 @@ _OPEN_R1 = {
 }
 
 
-def resolve_rewards(task: str | None, names: list[str] | None, reward_model: str | None) -> list[Reward]:
+def resolve_rewards(
+    task: str | None, names: list[str] | None, reward_model: str | None, label: str | None = None
+) -> list[Reward]:
     """Reward functions by name: the task's, TRL's, or a dotted import path; the task's default if none is named.
+
+    A reward model is TRL's own, by its name; with a `label`, the log-probability that it gives that label.
 
     Raises:
         ValueError: no reward, or a name that is none; it says what to write.
     """
-    rewards: list[Reward] = [reward_model] if reward_model else []
+    if label is not None and reward_model is None:
+        raise ValueError(
+            f"reward_model_label={label!r} without a reward model: name the classifier with reward_model_name_or_path."
+        )
+    models: list[Reward] = [] if not reward_model else [reward_model]
+    rewards = models if label is None else [ClassifierReward(str(reward_model), label)]
     own = find_task(task).rewards if task else {}
     if names is None and not rewards and own:
         return [next(iter(own.values()))]

@@ -11,6 +11,7 @@ from trl_dllm.identity import dataset_hash, model_identity
 from trl_dllm.processes import on_main_process, say
 from trl_dllm.scripts.common import TaskArguments, last_checkpoint
 from trl_dllm.scripts.rewards import Reward
+from trl_dllm.trainer.classifier import ClassifierReward
 from trl_dllm.trainer.meaning import meaning_differences, run_fingerprint, same_end, schedule_line
 from trl_dllm.trainer.records import ROLLOUTS, is_complete, model_files
 
@@ -59,6 +60,8 @@ def _reward_name(reward: Reward) -> Any:
     """A reward function by its name, a reward model by its content."""
     if isinstance(reward, str):
         return _read_identity("reward_model_name_or_path", reward)
+    if isinstance(reward, ClassifierReward):
+        return {**_read_identity("reward_model_name_or_path", reward.name), "label": reward.label}
     return f"{reward.__module__}.{reward.__qualname__}"
 
 

@@ -6,8 +6,8 @@ accelerate launch --config_file recipes/accelerate_configs/zero2.yaml trl_dllm/s
 
 import sys
 
-from trl_dllm.command import run_script
 from trl_dllm.reports.dry_run import dry_run
+from trl_dllm.reports.memory import Sharding
 from trl_dllm.scripts.common import (
     ModelArguments,
     RecipeParser,
@@ -17,6 +17,7 @@ from trl_dllm.scripts.common import (
     model_init_kwargs,
     train_and_save,
 )
+from trl_dllm.scripts.dry import run_launched
 from trl_dllm.scripts.runs import begin_run
 from trl_dllm.trainer.sft_config import DiffusionSFTConfig
 
@@ -33,10 +34,11 @@ def main(
     training_args: DiffusionSFTConfig,
     model_args: ModelArguments,
     callbacks: list | None = None,
+    sharding: Sharding | None = None,
 ):
     check_named(script_args, model_args)
     if script_args.dry_run:
-        return dry_run("sft", training_args, model_args)
+        return dry_run("sft", training_args, model_args, sharding)
     from trl import get_peft_config, get_quantization_config
 
     from trl_dllm import DiffusionSFTTrainer
@@ -70,4 +72,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_script("trl-dllm sft", make_parser, main, sys.argv[1:])
+    run_launched("trl-dllm sft", make_parser, main, sys.argv[1:])
