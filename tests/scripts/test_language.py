@@ -24,6 +24,7 @@ def steps_until_it_stops(callback: StopAtBudget, clock: list[float], took: list[
         clock[0] += took[min(state.global_step - first, len(took) - 1)]
         state.global_step += 1
         callback.on_step_end(args, state, control)
+        assert control.should_save == control.should_training_stop
     return state.global_step
 
 

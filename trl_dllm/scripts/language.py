@@ -63,7 +63,7 @@ class StopAtBudget(TrainerCallback):
         entry = {"seconds": round(self.spent, 2), "steps": state.global_step, "seconds_a_step": round(a_step, 2)}
         write_json(self.path, {**self._read(), self.name: entry})
         if self.spent + a_step > self.seconds:
-            control.should_training_stop = True
+            control.should_training_stop = control.should_save = True  # a longer run goes on from there
         return control
 
     def _read(self) -> dict:
