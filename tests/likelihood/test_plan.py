@@ -228,9 +228,20 @@ class Silent(PseudoLikelihood):
         return False
 
 
+class OtherDraw(PseudoLikelihood):
+    """Says that it scores what another iteration would."""
+
+    def scored(self, rollout, seeds, iteration):
+        return super().scored(rollout, seeds, iteration + 1)
+
+
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
+        (
+            OtherDraw(2),
+            r"OtherDraw: (view|scored) has position \d of row \d among those that are scored, and .* has not",
+        ),
         (Weighing(2), r"Weighing: the weights of .* sum to 4 .* it says sub_samples: .* return .* sampling_weights"),
         (Silent(2), r"Silent: the weights of position \d of row \d sum to 0 .* sub_samples return True"),
         (Weighing(), r"Weighing: the weights of position 0 of row 0 sum to 4 .* per_token = False"),

@@ -48,7 +48,7 @@ class Plan:
             view = self._view(n)
             targets.append((view.targets != IGNORE).any(dim=1))
             weights.scatter_add_(1, view.index, view.weight.double().masked_fill(view.targets == IGNORE, 0))
-        _check_weights(estimator, rollout, weights)
+        _check_weights(estimator, rollout, weights, estimator.scored(self.rollout, self.seeds, iteration))
         needed = torch.stack(targets)  # (views, B)
         if skipped is not None:
             needed &= ~skipped
@@ -82,12 +82,20 @@ class Plan:
         return counted_view(self.estimator, self.rollout, n, self.seeds, self.iteration)
 
 
-def _check_weights(estimator: Estimator, rollout: Rollout, weights: Tensor) -> None:
+def _check_weights(estimator: Estimator, rollout: Rollout, weights: Tensor, scored: Tensor) -> None:
     """Raise ValueError where a position's weights (B, L), over all views, are not as `Estimator` promises."""
     left_out = estimator.sub_samples(rollout.counted.shape[1])
     wrong = rollout.counted & ((weights - 1).abs() > 1e-3) & ~((weights == 0) & left_out)
-    if not estimator.per_token or not wrong.any():
+    disagree = rollout.counted & ((weights != 0) != scored)
+    if not estimator.per_token or not (wrong | disagree).any():
         return
+    if not wrong.any():
+        row, position = disagree.nonzero()[0].tolist()
+        yes, no = ("view", "scored") if weights[row, position] else ("scored", "view")
+        raise ValueError(
+            f"{type(estimator).__name__}: {yes} has position {position} of row {row} among those that are scored, and "
+            f"{no} has not. Let both draw from the seeds and the iteration that they are given."
+        )
     row, position = wrong.nonzero()[0].tolist()
     found = f"sum to {float(weights[row, position]):.4g} over all views"
     says = f"{type(estimator).__name__}: the weights of position {position} of row {row} {found}"
