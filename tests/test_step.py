@@ -42,6 +42,7 @@ def test_the_limit_runs_what_the_trainer_runs(step, args, name):
         assert found.scoring > found.limit.total() > 0
 
 
+@pytest.mark.slow
 def test_work_that_is_no_forward_counts_against_the_step(step, args, monkeypatch):
     before = step.main(args)["AnyOrder"]
     record = grpo_trainer.record_entropy

@@ -97,6 +97,9 @@ def run_python(text: str, where: str) -> None:
             exec(compile("\n" * (line - 1) + content, where, "exec"), namespace)  # a traceback has the page's lines
 
 
+MARKS = {"scaling.md": pytest.mark.slow}  # which measures a step of 8B
+
+
 def not_run(words: list[str]) -> str | None:
     return next((start for start in NOT_RUN if words[: len(start.split())] == start.split()), None)
 
@@ -134,7 +137,7 @@ def test_python_blocks_run(page, folder, bfloat16):
     run_python(page.read_text(), str(page))
 
 
-@pytest.mark.parametrize("page", of_language("bash"), ids=name)
+@pytest.mark.parametrize("page", [pytest.param(p, marks=MARKS.get(p.name, ())) for p in of_language("bash")], ids=name)
 def test_shell_blocks_run(page, folder, write):
     write(page)
     for language, content, _ in blocks(page.read_text()):

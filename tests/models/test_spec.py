@@ -32,7 +32,7 @@ def test_block_size_is_the_configs():
     config.block_size = 8
     assert MaskedDiffusionSpec.from_config(config) == MaskedDiffusionSpec(7, 0, 8)
     config.block_size = 0
-    with pytest.raises(ValueError, match=r"block_size=0 must be at least 1 position, or None"):
+    with pytest.raises(ValueError, match=r"block_size=0 must be a whole number from 1 on, or None"):
         MaskedDiffusionSpec.from_config(config)
 
 

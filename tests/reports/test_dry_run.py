@@ -231,8 +231,8 @@ def test_a_dry_run_for_eight_processes_takes_this_one(tiny, config, capsys, monk
 
 
 def _recipes() -> list:
-    marks = {False: pytest.mark.slow, True: ()}
-    return [pytest.param(name, marks=marks[name.startswith("tiny")]) for name in recipe_paths()]
+    quick = ("tiny_llada/grpo/sudoku_gdpo", "tiny_llada/sft/sudoku")
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in recipe_paths()]
 
 
 @pytest.mark.parametrize("name", _recipes())

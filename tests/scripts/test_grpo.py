@@ -42,6 +42,7 @@ def test_a_label_makes_a_classifier_of_a_reward_model():
         resolve_rewards("sudoku", ["solved"], None, "toxic")
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_neither_data_nor_the_reward_model(capsys):
     cli.main(["grpo", "--config", "eso_lm/grpo/toxicity", "--dry_run", "true"])
     assert "dry run, no weights loaded" in (printed := capsys.readouterr().out) and "512" in printed
