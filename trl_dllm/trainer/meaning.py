@@ -34,7 +34,7 @@ MEANING = _names(
     "padding_free eval_packing completion_only_loss assistant_only_loss chat_template_path chat_template_kwargs",
     "eos_token pad_token remove_unused_columns label_names length_column_name train_sampling_strategy",
     "shuffle_dataset dataloader_drop_last accelerator_config reward_funcs reward_weights",
-    "multi_objective_aggregation scale_rewards max_tool_calling_iterations reward_model_label",
+    "multi_objective_aggregation scale_rewards max_tool_calling_iterations reward_model_label prompt",
     # the model and what of it is trained
     "model_init_kwargs trust_remote_code disable_dropout use_peft lora_r lora_alpha lora_dropout",
     "lora_target_modules lora_target_parameters lora_modules_to_save lora_task_type use_rslora use_dora",
