@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from ..models import DreamConfig, LLaDAConfig, backbone_parameters
 from ..models.eso_lm import EsoLMConfig
@@ -39,6 +39,21 @@ def _dream() -> DreamConfig:
     )
 
 
+def _smollm2() -> LlamaConfig:
+    """SmolLM2-135M as `make language` makes it a masked diffusion model."""
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    config.is_causal, config.mask_token_id = False, 0
+    return config
+
+
 def _tiny(family: str):
     return create_tiny_model(family)[0].config
 
@@ -50,10 +65,12 @@ _PUBLISHED: dict[str, Callable[[], Any]] = {
     "llada-moe": LLaDAMoEConfig,
     "llada-8b": LLaDAConfig,
     "llada-1.5": LLaDAConfig,
+    "anyorder_causal_llada": LLaDAConfig,
     "dream": _dream,
     "diffucoder": _dream,
     **{f"tiny_{name}/init": partial(_tiny, name) for name in ("llada", "sdar")},
     "eso_lm": EsoLMConfig,  # converted
+    "language/init": _smollm2,
 }
 
 
