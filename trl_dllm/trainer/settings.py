@@ -81,7 +81,8 @@ def check_settings(config: Any, elsewhere: Iterable[str], choices: Mapping[str, 
     for right, fits, names in _RANGES:
         for name in names.split():
             value = getattr(config, name, None)
-            if value is not None and not fits(value):
+            # What is no number here is refused elsewhere.
+            if isinstance(value, (int, float)) and not fits(value):
                 raise ValueError(f"{name}={value!r} must be {right}.")
     for name in config._VALID_DICT_FIELDS:  # which transformers parses where they are strings
         value = getattr(config, name)
