@@ -59,13 +59,13 @@ class Denoising:
         self.column_block = number  # the block of each column of prompt ⊕ canvas, -1 for padding
         self.first_block = number[:, -canvas_length]
         # Positions that a row's first block lacks, where the prompt's last tokens stand in it.
-        counted = blocks.alignment == "position"
-        self.lead = prompt_mask.sum(dim=1) % blocks.size if counted else torch.zeros_like(self.block)
-        self.leads = self.lead.tolist() if counted else [0] * rows
+        prompt_length = prompt_mask.sum(dim=1)
+        self.lead = (prompt_length + blocks.offset(prompt_length)) % blocks.size
+        self.leads: list[int] = self.lead.tolist()
         # Tokens that a step reveals by the schedule, by the positions of the block and those masked before the step.
         size = config.block_length
         self.reveals = [[0] * (size + 1) for _ in range(size + 1)]
-        for length in range(1, size + 1):
+        for length in range(1, size + 1) if any(self.leads) else (size,):
             masked = length
             for count in config.schedule if config.confidence_threshold is None else ():
                 self.reveals[length][masked] = min(count, masked)
@@ -77,10 +77,9 @@ class Denoising:
         self.left, self.last = [canvas_length] * rows, [0] * rows
         self.running: list[int] = []  # rows of the step's forward
         self._on_device: tuple[list[int], Tensor] = ([], self.block[:0])
-        prompt_length = prompt_mask.sum(dim=1, keepdim=True)
-        canvas_position = prompt_length + torch.arange(canvas_length, device=device)
+        canvas_position = prompt_length[:, None] + torch.arange(canvas_length, device=device)
         self.position_ids = torch.cat([(prompt_mask.long().cumsum(1) - 1).clamp(min=0), canvas_position], dim=1)
-        self.valid = torch.cat([prompt_mask, torch.ones_like(self.tokens, dtype=torch.bool)], dim=1)
+        self.valid = number >= 0
         self.count_flops = ForwardFlops(model)
         self.num_forwards = self.flops = 0
 
