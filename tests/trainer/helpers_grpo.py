@@ -9,6 +9,7 @@ from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -139,6 +140,21 @@ def moved(before: dict, trainer) -> bool:
 
 def losses(trainer, key: str = "loss") -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def train_with_either_old_logps(folder, make, **settings) -> tuple[DiffusionGRPOTrainer, DiffusionGRPOTrainer]:
+    """Trained with the sampler's log-probs as the old policy's, and with recomputed ones: the same to rounding."""
+    runs = []
+    for old in ("rollout", "recompute"):
+        model, tokenizer = make()
+        runs.append(build(folder / old, model=model, tokenizer=tokenizer, old_logps=old, **settings))
+        runs[-1].train()
+    rollout, recompute = runs
+    assert losses(rollout) == pytest.approx(losses(recompute), abs=1e-5)
+    ours, theirs = weights(rollout), weights(recompute)
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=0, msg=name)
+    return rollout, recompute
 
 
 def history(trainer) -> list[dict]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_grpo import CheckedTrainer, build, losses, moved, tiny, weights
+from helpers_grpo import CheckedTrainer, build, losses, moved, tiny, train_with_either_old_logps, weights
 
 
 SETTINGS = {"decoding": "any_order", "cache": "exact", "num_iterations": 2, "max_steps": 4, "beta": 0.04}
@@ -32,24 +32,8 @@ def test_gradients_are_those_of_trls_loss(tmp_path, estimator, peft):
 
 def test_old_log_probs_of_the_sampler_train_as_recomputed_ones_do(tmp_path):
     """Equal to rounding; rows that come after the first update need not be scored first. The mismatch is logged."""
-    runs = {}
-    for old in ("rollout", "recompute"):
-        model, tokenizer = tiny(num_layers=2)
-        trainer = build(
-            tmp_path / old,
-            model=model,
-            tokenizer=tokenizer,
-            estimator="any_order",
-            old_logps=old,
-            **{**SETTINGS, "steps_per_generation": 4},
-        )
-        trainer.train()
-        runs[old] = trainer
-    rollout, recompute = runs["rollout"], runs["recompute"]
-    assert losses(rollout) == pytest.approx(losses(recompute), abs=1e-5)
-    ours, theirs = weights(rollout), weights(recompute)
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=0, msg=name)
+    settings = {**SETTINGS, "steps_per_generation": 4, "estimator": "any_order"}
+    rollout, recompute = train_with_either_old_logps(tmp_path, lambda: tiny(num_layers=2), **settings)
     assert losses(rollout, "flops")[-1] < losses(recompute, "flops")[-1]
     assert 0 <= max(losses(rollout, "sampling/mismatch_max")) < 1e-4
     assert not losses(recompute, "sampling/mismatch_max")

@@ -3,7 +3,7 @@ docs/methods.md §7)."""
 
 import pytest
 import torch
-from helpers_grpo import CheckedTrainer, build, losses, moved, tiny, weights
+from helpers_grpo import CheckedTrainer, build, losses, moved, tiny, train_with_either_old_logps, weights
 
 from trl_dllm.blocks import Blocks
 
@@ -39,24 +39,8 @@ def test_gradients_are_those_of_trls_loss(tmp_path, estimator, peft):
 
 
 def test_old_log_probs_of_the_sampler_train_as_recomputed_ones_do(tmp_path):
-    runs = {}
-    for old in ("rollout", "recompute"):
-        model, tokenizer = sdar()
-        trainer = build(
-            tmp_path / old,
-            model=model,
-            tokenizer=tokenizer,
-            estimator="exact_trajectory",
-            old_logps=old,
-            **{**SETTINGS, "steps_per_generation": 4},
-        )
-        trainer.train()
-        runs[old] = trainer
-    rollout, recompute = runs["rollout"], runs["recompute"]
-    assert losses(rollout) == pytest.approx(losses(recompute), abs=1e-5)
-    ours, theirs = weights(rollout), weights(recompute)
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=0, msg=name)
+    settings = {**SETTINGS, "steps_per_generation": 4, "estimator": "exact_trajectory"}
+    rollout, recompute = train_with_either_old_logps(tmp_path, lambda: sdar(), **settings)
     assert 0 <= max(losses(rollout, "sampling/mismatch_max")) < 1e-4
     # 16 rows of eight positions, four steps, and two views (as many as a block has steps) of old, reference, updates.
     unit = 2 * rollout._parameters * 8 * 16
