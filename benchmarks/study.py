@@ -1,0 +1,765 @@
+"""The comparisons of d2 and PADRE on 4x4 Sudoku and Countdown with a tiny LLaDA, at equal counted operations.
+
+    python benchmarks/study.py --seeds 0 1 2
+    python benchmarks/study.py --draw
+
+A base model is fine-tuned for each task and architecture (a masked denoiser, and an any-order model) and shared by all
+methods and seeds. A method trains from it until its counted operations (rollouts and updates) reach the task's budget;
+at a quarter, a half and all of it held-out puzzles are solved. A finished run is a file of JSON lines in
+`benchmarks/study/`: its facts, one line a step, the held-out solve rates. What is there is not run again, so the
+command can be stopped at any time; `--draw` draws the figures and prints the tables of docs/study.md from the files
+alone. Runs at low priority.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from any_order_segments import AnyOrderSegments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from trl_dllm.command import count
+from trl_dllm.evaluation import complete
+from trl_dllm.generation import DiffusionGenerationConfig
+from trl_dllm.likelihood import (
+    BlockPseudoLikelihood,
+    Elbo,
+    Estimator,
+    PseudoLikelihood,
+    StepMerge,
+    TrajectoryPseudoLikelihood,
+)
+from trl_dllm.noise import Purpose, hash64
+from trl_dllm.reports.likelihood import exact_estimator, likelihood_report
+from trl_dllm.scripts import grpo, init_tiny, sft
+from trl_dllm.tasks import get_task
+
+
+MARKS = (0.25, 0.5, 1.0)  # of the budget, at which held-out puzzles are solved
+LOGGED = ("step", "flops", "reward", "reward_std", "entropy", "grad_norm")
+
+
+@dataclass(frozen=True)
+class StudyTask:
+    """A task of the study: its recipes, and how its completions are decoded by all methods but JustGRPO."""
+
+    name: str
+    recipe: str  # of GRPO and of the denoiser's SFT; "_any_order" is the other's
+    kwargs: dict[str, Any]
+    length: int
+    steps: int
+    problems: int  # that are trained on
+    budget: float  # operations that each method may take
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        StudyTask(
+            "sudoku", "sudoku", {"min_blanks": 6, "max_blanks": 10}, length=17, steps=8, problems=4096, budget=6e11
+        ),
+        StudyTask(
+            "countdown",
+            "countdown",
+            {"num_numbers": 3, "max_number": 9},
+            length=8,
+            steps=8,
+            problems=1700,
+            budget=3e11,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method changes of the task's recipe, which is d2-StepMerge on the denoiser or AnyOrder on the other."""
+
+    name: str
+    settings: dict[str, Any]
+    any_order: bool = False
+    by_length: Callable[[int], dict[str, Any]] = field(default=lambda length: {})
+
+    @property
+    def slug(self) -> str:
+        text = self.name.lower().replace("⁺", "_plus").replace("n = ", "n").replace(",", "").replace("-", "_")
+        return ("any_order_" if self.any_order else "") + text.replace("(", "").replace(")", "").replace(" ", "_")
+
+    def overrides(self, task: StudyTask) -> dict[str, Any]:
+        return {**self.settings, **self.by_length(task.length)}
+
+
+def _left_to_right(length: int) -> dict[str, Any]:
+    return {"remasking": "left_to_right", "block_length": 1, "diffusion_steps": length}
+
+
+_SEGMENTS = "any_order_segments.AnyOrderSegments"
+_DDPO = {"scale_rewards": "group", "epsilon": 1e9, "loss_tokens": "canvas"}
+METHODS = [
+    Method("diffu-GRPO", {"estimator": "mean_field"}),
+    Method("StepMerge, N = 2", {"estimator": "step_merge", "num_segments": 2}),
+    Method("StepMerge, N = 4", {"estimator": "step_merge", "num_segments": 4}),
+    Method("StepMerge, N = 8", {"estimator": "step_merge", "num_segments": 8}),
+    Method("PKL", {"estimator": "pkl", "estimator_kwargs": {"num_positions": 4}}),
+    Method("PKL⁺", {"estimator": "pkl", "estimator_kwargs": {"num_positions": 4}, "p_mask_prompt": 0.15}),
+    Method("PKL-U", {"estimator": "pkl_u", "estimator_kwargs": {"block_size": 4, "num_views": 1}}),
+    Method("PKL-T", {"estimator": "pkl_t"}),
+    Method("diffu-GRPO⁺", {"estimator": "mean_field", "p_mask_prompt": 0.15}),
+    Method("DDPO", {"estimator": "exact_trajectory", **_DDPO}),
+    Method("wd1", {"estimator": "mean_field", "loss_type": "wd1"}),
+    Method(
+        "ELBO",
+        {"estimator": "elbo", "estimator_kwargs": {"num_samples": 4}, "importance_sampling_level": "sequence"},
+    ),
+    Method("JustGRPO", {"estimator": "exact_trajectory", "scale_rewards": "group"}, by_length=_left_to_right),
+    Method("AnyOrder", {"estimator": "any_order"}, any_order=True),
+    Method("diffu-GRPO", {"estimator": _SEGMENTS, "estimator_kwargs": {"num_segments": 1}}, any_order=True),
+    Method("StepMerge, N = 4", {"estimator": _SEGMENTS, "estimator_kwargs": {"num_segments": 4}}, any_order=True),
+    Method("DDPO", {"estimator": _SEGMENTS, "estimator_kwargs": {"num_segments": 8}, **_DDPO}, any_order=True),
+]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=sorted({m.slug for m in METHODS}), help="Default: all.")
+    parser.add_argument("--scale", type=float, default=1.0, help="Factor on the tasks' budgets.")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="Of every method.")
+    parser.add_argument("--rows", type=count, default=64, help="Completions a step, in groups of 8.")
+    parser.add_argument("--num_examples", type=count, default=500, help="Held-out puzzles.")
+    parser.add_argument("--solve_rate", type=float, default=0.3, help="Of validation puzzles, at which SFT stops.")
+    parser.add_argument("--sft_steps", type=count, default=4000, help="At which it stops anyway.")
+    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="Models.")
+    parser.add_argument("--logs", type=Path, default=Path(__file__).parent / "study", help="Kept logs.")
+    parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
+    parser.add_argument("--draw", action="store_true", help="Train nothing: figures and tables from the logs.")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def decoding(task: StudyTask, any_order: bool, **changes: Any) -> DiffusionGenerationConfig:
+    """How completions are drawn for the solve rates: as in training, at temperature 1."""
+    more = {"decoding": "any_order", "cache": "exact"} if any_order else {}
+    settings = {"block_length": task.length, "diffusion_steps": task.steps, **more, **changes}
+    return DiffusionGenerationConfig(max_new_tokens=task.length, temperature=1.0, stop_at_eos=False, **settings)
+
+
+def held_out(task: StudyTask, number: int):
+    """Puzzles that no training has seen: of the test split, and where that is too small of validation as well."""
+    from datasets import concatenate_datasets
+
+    load = get_task(task.name).load
+    if task.name == "sudoku":
+        return load("test", number, **task.kwargs)
+    splits = [load("test", 200, **task.kwargs), load("validation", 170, **task.kwargs)]
+    return concatenate_datasets(splits).select(range(min(number, 370)))
+
+
+def solve_rate(model, tokenizer, task: StudyTask, rows, config, samples: int = 1) -> dict[str, Any]:
+    """Solved and drawn completions of `rows`, `samples` of each, whose draws are the same for every model."""
+    prompts = list(rows["prompt"]) * samples
+    seeds, solved = hash64(Purpose.EVALUATION, torch.arange(len(prompts))), 0
+    score, training = get_task(task.name).score, model.training
+    model.eval()
+    for start in range(0, len(prompts), 256):
+        part = slice(start, start + 256)
+        texts, _ = complete(model, tokenizer, prompts[part], config, seeds[part])
+        pairs = zip(texts, range(start, len(prompts)), strict=False)
+        solved += sum(score(text, rows[index % len(rows)])["correct"] for text, index in pairs)
+    model.train(training)
+    return {"solved": solved, "n": len(prompts)}
+
+
+class StopAtSolveRate(TrainerCallback):
+    """Ends SFT once the model solves `target` of some validation puzzles, looking every 100 steps."""
+
+    def __init__(self, task: StudyTask, any_order: bool, tokenizer, target: float):
+        self.task, self.tokenizer, self.target = task, tokenizer, target
+        self.config = decoding(task, any_order)
+        self.rows = get_task(task.name).load("validation", 170, **task.kwargs)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % 100 == 0:
+            found = solve_rate(model, self.tokenizer, self.task, self.rows, self.config, samples=2)
+            control.should_training_stop = found["solved"] >= self.target * found["n"]
+        return control
+
+
+class Examine(TrainerCallback):
+    """Solves held-out puzzles at the marks of a budget of operations, and ends the run at the last."""
+
+    def __init__(self, budget: float, examine: Callable[[Any], dict]):
+        self.marks, self.budget, self.examine = [mark * budget for mark in MARKS], budget, examine
+        self.found: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        flops = (logs or {}).get("flops", 0)
+        passed = [mark for mark in self.marks if mark <= flops]
+        if passed:
+            self.marks = self.marks[len(passed) :]
+            self.found.append({"mark": passed[-1] / self.budget, "flops": flops, **self.examine(model)})
+        if not self.marks:
+            control.should_training_stop = True
+        return control
+
+
+def train(script, recipe: str, model: Path, output: Path, seed: int, settings: dict[str, Any], callbacks: list):
+    argv = ["--config", f"tiny_llada/{recipe}", "--model_name_or_path", str(model), "--output_dir", str(output)]
+    argv += ["--seed", str(seed), "--disable_tqdm", "true", "--save_strategy", "no"]
+    for key, value in settings.items():
+        argv += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return script.main(*script.make_parser().parse_args_and_config(argv), callbacks=callbacks)
+
+
+def base_model(args: argparse.Namespace, task: StudyTask, any_order: bool) -> Path:
+    """The SFT model of a task and an architecture: seed 0's, whatever the runs' seeds."""
+    folder = args.runs / f"{task.name}_{'any_order' if any_order else 'denoiser'}"
+    done = folder / "sft.json"
+    if not done.exists():
+        init_tiny.main(init_tiny.make_parser().parse_args([str(folder / "init"), "--seed", "0"]))
+        stop = StopAtSolveRate(task, any_order, AutoTokenizer.from_pretrained(folder / "init"), args.solve_rate)
+        settings = {"max_steps": args.sft_steps, "resume_from_checkpoint": "false"}
+        recipe = f"sft/{task.recipe}{'_any_order' * any_order}"
+        trainer = train(sft, recipe, folder / "init", folder / "sft", 0, settings, [stop])
+        done.write_text(json.dumps({"sft_steps": trainer.state.global_step}))
+    return folder / "sft"
+
+
+def solved_before(base: Path, examine: Callable[[Any], dict], decoder: str, number: int) -> dict:
+    """What `examine` finds of the base, kept beside it."""
+    kept = base.parent / f"before_{decoder}_{number}.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(examine(AutoModelForCausalLM.from_pretrained(base))))
+    return json.loads(kept.read_text())
+
+
+def log_path(logs: Path, facts: dict[str, Any]) -> Path:
+    return logs / f"{facts['task']}_{facts['slug']}_seed{facts['seed']}.jsonl"
+
+
+def read_log(path: Path) -> tuple[dict, list[dict], dict]:
+    """A finished run's facts, steps and held-out solve rates."""
+    facts, *steps, end = [json.loads(line) for line in path.open()]
+    return facts, steps, end
+
+
+def is_done(path: Path, facts: dict[str, Any]) -> bool:
+    """Whether a run's log is there; raises ValueError for one that was made with other settings."""
+    if not path.exists():
+        return False
+    found = read_log(path)[0]
+    other = {key: (found.get(key), value) for key, value in facts.items() if found.get(key) != value}
+    if other:
+        said = ", ".join(f"{key}={was!r} there and {now!r} here" for key, (was, now) in other.items())
+        raise ValueError(f"{path} holds another run: {said}. Choose another --logs, or delete it.")
+    return True
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train what is not there yet: seed by seed, so that the first seed of every method comes first."""
+    args.logs.mkdir(parents=True, exist_ok=True)
+    likelihoods(args)
+    for seed in args.seeds:
+        for method in METHODS:
+            for name in args.tasks:
+                if args.methods is None or method.slug in args.methods:
+                    run_one(args, TASKS[name], method, seed)
+
+
+def run_one(args: argparse.Namespace, task: StudyTask, method: Method, seed: int) -> None:
+    overrides = method.overrides(task)
+    facts: dict[str, Any] = {"task": task.name, "method": method.name, "slug": method.slug, "seed": seed}
+    facts |= {"recipe": f"tiny_llada/grpo/{task.recipe}{'_any_order' * method.any_order}", "overrides": overrides}
+    common = {"learning_rate": args.learning_rate, "per_device_train_batch_size": args.rows}
+    common |= {"lr_scheduler_type": "constant_with_warmup", "num_train_examples": task.problems}
+    facts |= {"common": common, "flops_budget": task.budget * args.scale}
+    path = log_path(args.logs, facts)
+    if is_done(path, facts):
+        return
+    base = base_model(args, task, method.any_order)
+    tokenizer, rows = AutoTokenizer.from_pretrained(base), held_out(task, args.num_examples)
+    samples = -(-args.num_examples // len(rows))
+    shared = decoding(task, method.any_order)
+    own = {key: overrides[key] for key in ("remasking", "block_length", "diffusion_steps") if key in overrides}
+
+    def examine(model) -> dict[str, Any]:
+        found = solve_rate(model, tokenizer, task, rows, shared, samples)
+        if own:  # as it is decoded in training
+            config = decoding(task, method.any_order, **own)
+            found["own"] = solve_rate(model, tokenizer, task, rows, config, samples)
+        return found
+
+    before = solved_before(base, examine, "own" if own else "shared", args.num_examples)
+    start, watch = time.time(), Examine(facts["flops_budget"], examine)
+    settings = {**common, "max_steps": 100000, **overrides}
+    settings["resume_from_checkpoint"] = "false"
+    output = args.runs / path.stem
+    trainer = train(grpo, f"grpo/{facts['recipe'].rsplit('/', 1)[1]}", base, output, seed, settings, [watch])
+    shutil.rmtree(output, ignore_errors=True)
+    steps = [
+        {key: float(f"{entry[key]:.5g}") for key in LOGGED if key in entry}
+        for entry in trainer.state.log_history
+        if "reward" in entry
+    ]
+    end = {
+        "before": before,
+        "marks": watch.found,
+        "seconds": round(time.time() - start, 1),
+        "base": json.loads((base.parent / "sft.json").read_text()),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in (facts, *steps, end)))
+    temporary.replace(path)
+    print(f"{path.stem}: {[round(m['solved'] / m['n'], 3) for m in watch.found]}, {end['seconds']} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihoods of the bases
+
+
+def likelihoods(args: argparse.Namespace) -> None:
+    """Write how far each estimator is from the exact likelihood of the bases' own trajectories (d2 Fig. 5, PADRE's 2)."""
+    for name in args.tasks:
+        task = TASKS[name]
+        for any_order in (False, True):
+            path = args.logs / f"likelihood_{name}_{'any_order' if any_order else 'denoiser'}.json"
+            if path.exists():
+                continue
+            base = base_model(args, task, any_order)
+            model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
+            prompts = list(held_out(task, args.num_examples)["prompt"])
+            seeds = hash64(Purpose.EVALUATION, torch.arange(len(prompts)))
+            _, rollout = complete(model, tokenizer, prompts, decoding(task, any_order), seeds)
+            cuts: dict[str, Estimator] = {
+                f"StepMerge, N = {n}": AnyOrderSegments(n) if any_order else StepMerge(n)
+                for n in range(1, task.steps + 1)
+            }
+            others: dict[str, Estimator] = {
+                "PKL": PseudoLikelihood(),
+                "PKL-U": BlockPseudoLikelihood(4, "partition", "isolated" if any_order else "full"),
+                "PKL-T": TrajectoryPseudoLikelihood(),
+                "ELBO": Elbo(4),
+            }
+            lines = likelihood_report(
+                model, rollout, cuts | others, exact_estimator("any_order" * any_order), batch_size=256
+            )
+            keep = ("name", "logp", "divergence", "kl", "kl_error", "flops")
+            found = [{key: asdict(line)[key] for key in keep} for line in lines]
+            path.write_text(json.dumps({"rows": len(prompts), "lines": found}, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the logs say
+
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % points
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % interval: Student's over two seeds or more, the binomials' for one."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
+    def verdict(self, positive: bool = True) -> str:
+        """Of a claim that the mean is above 0 (or below it)."""
+        if self.low <= 0 <= self.high:
+            return "undecided"
+        return "borne out" if (self.low > 0) == positive else "contradicted"
+
+
+def over_seeds(values: list[float], errors: Iterable[float] = ()) -> Interval:
+    """`errors` are the values' standard errors, for a single seed."""
+    mean, number = statistics.fmean(values), len(values)
+    if number > 1:
+        half = STUDENT[number - 1] * statistics.stdev(values) / math.sqrt(number)
+    else:
+        half = 1.96 * next(iter(errors), math.inf)
+    return Interval(mean, mean - half, mean + half, number)
+
+
+class Results:
+    """All finished runs of a folder."""
+
+    def __init__(self, logs: Path):
+        self.runs: dict[tuple[str, str], dict[int, tuple]] = {}
+        for path in sorted(logs.glob("*.jsonl")):
+            facts, steps, end = read_log(path)
+            self.runs.setdefault((facts["task"], facts["slug"]), {})[facts["seed"]] = (facts, steps, end)
+        if not self.runs:
+            raise ValueError(f"{logs} holds no log. Train first: python benchmarks/study.py")
+        self.likelihoods = {
+            path.stem.removeprefix("likelihood_"): json.loads(path.read_text())
+            for path in sorted(logs.glob("likelihood_*.json"))
+        }
+
+    def of(self, task: str, method: Method) -> dict[int, tuple]:
+        return self.runs.get((task, method.slug), {})
+
+    def rates(self, task: str, method: Method, mark: float, of: str | None = None) -> dict[int, tuple[float, float]]:
+        """Solve rate and standard error at a mark of the budget (0: the base's), by seed."""
+        rates = {}
+        for seed, (_, _, end) in self.of(task, method).items():
+            found = end["before"] if mark == 0 else next(m for m in reversed(end["marks"]) if m["mark"] <= mark)
+            found = found[of] if of else found
+            rate = found["solved"] / found["n"]
+            rates[seed] = (rate, math.sqrt(rate * (1 - rate) / found["n"]))
+        return rates
+
+    def rate(self, task: str, method: Method, mark: float, of: str | None = None) -> Interval | None:
+        rates = self.rates(task, method, mark, of)
+        return over_seeds([rate for rate, _ in rates.values()], (e for _, e in rates.values())) if rates else None
+
+    def difference(self, task: str, one: Method, other: Method, mark: float, other_mark: float | None = None):
+        """Solve rate of `one` minus that of `other`, seed by seed; None without a common seed."""
+        a = self.rates(task, one, mark)
+        b = self.rates(task, other, mark if other_mark is None else other_mark)
+        seeds = sorted(a.keys() & b.keys())
+        errors = [math.hypot(a[seed][1], b[seed][1]) for seed in seeds]
+        return over_seeds([a[seed][0] - b[seed][0] for seed in seeds], errors) if seeds else None
+
+    def flops_a_step(self, task: str, method: Method) -> float:
+        return statistics.fmean(steps[-1]["flops"] / len(steps) for _, steps, _ in self.of(task, method).values())
+
+    def curve(self, task: str, method: Method, points: int = 60, window: float = 0.1) -> tuple[list, list, list, list]:
+        """Training reward against operations: at each point the mean of the last tenth of the budget; band over seeds."""
+        runs = self.of(task, method).values()
+        budget = min(facts["flops_budget"] for facts, _, _ in runs)
+        at, mean, low, high = [], [], [], []
+        for i in range(1, points + 1):
+            end = i * budget / points
+            values = []
+            for _, steps, _ in runs:
+                near = [s["reward"] for s in steps if end - window * budget < s["flops"] <= end]
+                if near:
+                    values.append(statistics.fmean(near))
+            if len(values) == len(runs):
+                at.append(end)
+                mean.append(statistics.fmean(values))
+                low.append(min(values))
+                high.append(max(values))
+        return at, mean, low, high
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims
+
+METHODS_BY_SLUG = {method.slug: method for method in METHODS}
+STEP_MERGE = "stepmerge_n4"  # chosen before any run: d2's N / T lies between this and N = 2
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`one` solves more than `other` at a mark of the budget; without `other`, more than the base."""
+
+    source: str
+    text: str
+    one: str
+    other: str | None = None
+    mark: float = 1.0
+
+
+CLAIMS = [
+    Claim("d2 Fig. 6", "AnyOrder improves an any-order model", "any_order_anyorder"),
+    Claim("d2 Fig. 6", "AnyOrder beats diffu-GRPO on it", "any_order_anyorder", "any_order_diffu_grpo"),
+    Claim("d2 Fig. 7", "StepMerge (N = 4) beats diffu-GRPO", STEP_MERGE, "diffu_grpo"),
+    Claim("d2 Fig. 8", "a small N falls short: N = 4 beats N = 2", STEP_MERGE, "stepmerge_n2"),
+    Claim(
+        "d2 Fig. 8", "a large N is slower: N = 4 beats N = T = 8 at half the budget", STEP_MERGE, "stepmerge_n8", 0.5
+    ),
+    Claim("d2 Tab. 2", "AnyOrder beats DDPO on an any-order model", "any_order_anyorder", "any_order_ddpo"),
+    Claim("d2 Tab. 3", "AnyOrder beats StepMerge on it", "any_order_anyorder", "any_order_stepmerge_n4"),
+    Claim("d2 Tab. 4", "StepMerge beats wd1", STEP_MERGE, "wd1"),
+    Claim("PADRE Fig. 4", "at few operations (a quarter) d1 leads PKL", "diffu_grpo", "pkl", 0.25),
+    Claim("PADRE Fig. 4", "with all of them PKL leads d1", "pkl", "diffu_grpo"),
+    Claim("PADRE Tab. 1", "PKL⁺ beats PKL: masking prompts helps", "pkl_plus", "pkl"),
+    Claim("PADRE Tab. 1", "PKL beats PKL-U", "pkl", "pkl_u"),
+    Claim("PADRE Tab. 1", "PKL beats PKL-T", "pkl", "pkl_t"),
+    Claim("PADRE Tab. 1", "PKL-U beats d1", "pkl_u", "diffu_grpo"),
+    Claim("PADRE Tab. 1", "PKL-T beats d1", "pkl_t", "diffu_grpo"),
+    Claim("PADRE Tab. 1", "PKL⁺ beats d1", "pkl_plus", "diffu_grpo"),
+    Claim("PADRE Tab. 1", "PKL⁺ beats wd1", "pkl_plus", "wd1"),
+]
+
+
+def judge(results: Results, claim: Claim, task: str) -> str:
+    """The measured difference in points of solve rate, its interval and what it says of the claim."""
+    one = METHODS_BY_SLUG[claim.one]
+    if claim.other is None:
+        found = results.difference(task, one, one, claim.mark, other_mark=0)
+    else:
+        found = results.difference(task, one, METHODS_BY_SLUG[claim.other], claim.mark)
+    return f"{found}: **{found.verdict()}**" if found else "not run"
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def claims_table(results: Results, tasks: list[str]) -> str:
+    header = ["source", "claim", *(f"{task}, difference in points" for task in tasks)]
+    return table(header, ([c.source, c.text, *(judge(results, c, task) for task in tasks)] for c in CLAIMS))
+
+
+def rates_table(results: Results, task: str) -> str:
+    header = ["base", "method", "seeds", *(f"at {mark:g}" for mark in (0, *MARKS)), "lost since its best", "steps"]
+    rows = []
+    for method in METHODS:
+        runs = results.of(task, method)
+        if not runs:
+            continue
+        found = [results.rate(task, method, mark) for mark in (0, *MARKS)]
+        rates = [f"{100 * i.mean:.1f}" for i in found[:-1] if i]
+        last = found[-1]
+        assert last
+        rates.append(f"{100 * last.mean:.1f} ({100 * last.low:.1f} to {100 * last.high:.1f})")
+        lost = statistics.fmean(
+            max(m["solved"] / m["n"] for m in (end["before"], *end["marks"]))
+            - end["marks"][-1]["solved"] / end["marks"][-1]["n"]
+            for _, _, end in runs.values()
+        )
+        steps = statistics.fmean(len(steps) for _, steps, _ in runs.values())
+        base = "any-order" if method.any_order else "denoiser"
+        rows.append([base, method.name, str(len(runs)), *rates, f"{100 * lost:.1f}", f"{steps:.0f}"])
+    return table(header, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+# Colours by role, the same in every panel.
+COLORS = {
+    "diffu_grpo": "#444444",
+    "diffu_grpo_plus": "#999999",
+    "stepmerge_n2": "#9ecae1",
+    "stepmerge_n4": "#2171b5",
+    "stepmerge_n8": "#08306b",
+    "pkl": "#d94801",
+    "pkl_plus": "#fd8d3c",
+    "pkl_u": "#a63603",
+    "pkl_t": "#7a0177",
+    "ddpo": "#006d2c",
+    "wd1": "#b8860b",
+    "elbo": "#c51b8a",
+    "justgrpo": "#41ab5d",
+    "any_order_anyorder": "#7a0177",
+    "any_order_diffu_grpo": "#444444",
+    "any_order_stepmerge_n4": "#2171b5",
+    "any_order_ddpo": "#006d2c",
+}
+PANELS = {
+    "d2: StepMerge and N": ["diffu_grpo", "stepmerge_n2", "stepmerge_n4", "stepmerge_n8"],
+    "PADRE: pseudo-likelihoods": ["diffu_grpo", "pkl", "pkl_plus", "pkl_u", "pkl_t"],
+    "the others": ["diffu_grpo_plus", "ddpo", "wd1", "elbo", "justgrpo"],
+    "d2: an any-order model": [
+        "any_order_anyorder",
+        "any_order_diffu_grpo",
+        "any_order_stepmerge_n4",
+        "any_order_ddpo",
+    ],
+}
+
+
+def spread(heights: list[float], gap: float, low: float, high: float) -> list[float]:
+    """`heights` moved apart, so that no two are closer than `gap`, inside [low, high] where there is room."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    placed = [min(max(height, low), high) for height in heights]
+    for before, index in zip(order, order[1:], strict=False):
+        placed[index] = max(placed[index], placed[before] + gap)
+    beyond = placed[order[-1]] - high if order else 0
+    for after, index in zip([None, *reversed(order)], reversed(order), strict=False):
+        limit = high if after is None else placed[after] - gap
+        placed[index] = min(placed[index], limit) if beyond > 0 else placed[index]
+    return placed
+
+
+def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
+    """Training reward against operations, four panels; each line is named at its end."""
+    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4), dpi=130, sharex=True, sharey=True)
+    budget, labels = 0.0, []
+    for ax, (title, slugs) in zip(axes.flat, PANELS.items(), strict=True):
+        for slug in slugs:
+            method = METHODS_BY_SLUG[slug]
+            if not results.of(task, method):
+                continue
+            at, mean, low, high = results.curve(task, method)
+            budget = max(budget, at[-1])
+            ax.plot(at, mean, color=COLORS[slug], linewidth=1.6)
+            ax.fill_between(at, low, high, color=COLORS[slug], alpha=0.15, linewidth=0)
+            labels.append((ax, method.name, mean[-1], COLORS[slug]))
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    bottom, top = axes[0][0].get_ylim()
+    for ax in axes.flat:
+        own = [label for label in labels if label[0] is ax]
+        places = spread([height for _, _, height, _ in own], 0.065 * (top - bottom), bottom, top)
+        for (_, name, height, color), place in zip(own, places, strict=True):
+            ax.annotate(
+                name,
+                (budget, height),
+                (1.03 * budget, place),
+                color=color,
+                fontsize=8.5,
+                va="center",
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            )
+        ax.set_xlim(0, budget)
+        ax.set_ylim(bottom, top)
+    for ax in axes[1]:
+        ax.set_xlabel("floating-point operations (counted)", fontsize=9)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("training reward", fontsize=9)
+    seeds = max(len(runs) for (of, _), runs in results.runs.items() if of == task)
+    figure.suptitle(f"{task.capitalize()}: mean and range of {seeds} seed(s)", fontsize=11)
+    figure.tight_layout(w_pad=7, rect=(0, 0, 0.9, 1))
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_rates(results: Results, tasks: list[str], path: Path, pyplot) -> None:
+    """Held-out solve rates at the end: each seed's, and the mean with its interval."""
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 5.2), dpi=130, sharey=True, squeeze=False)
+    rows = {method.slug: -i - (0.6 if method.any_order else 0) for i, method in enumerate(METHODS)}
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for method in METHODS:
+            rates, color = results.rates(task, method, 1.0), COLORS[method.slug]
+            found = results.rate(task, method, 1.0)
+            if not found:
+                continue
+            y = rows[method.slug]
+            ax.plot([100 * max(0.0, found.low), 100 * min(1.0, found.high)], [y, y], color=color, linewidth=1.4)
+            ax.plot(
+                [100 * rate for rate, _ in rates.values()],
+                [y] * len(rates),
+                "o",
+                color=color,
+                markersize=3.5,
+                alpha=0.55,
+            )
+            ax.plot(100 * found.mean, y, "|", color=color, markersize=13, markeredgewidth=2.2)
+            base = results.rate(task, method, 0)
+            ax.plot([100 * base.mean] * 2, [y - 0.45, y + 0.45], color="black", linewidth=0.8, linestyle=":")
+        ax.set_title(f"{task.capitalize()}", fontsize=10, loc="left")
+        ax.set_xlabel("held-out puzzles solved, %   (dotted: before)", fontsize=9)
+        ax.set_xlim(0, None)
+        ax.grid(alpha=0.25, axis="x")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_yticks(list(rows.values()), [m.name + " (any-order)" * m.any_order for m in METHODS], fontsize=8.5)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def draw_likelihoods(results: Results, path: Path, pyplot) -> None:
+    """KL(exact ‖ estimate) of each estimator on the bases' own completions, and of StepMerge over N."""
+    names = list(results.likelihoods)
+    figure, axes = pyplot.subplots(
+        1, len(names), figsize=(2.9 * len(names), 3.4), dpi=130, sharey=False, squeeze=False
+    )
+    for ax, name in zip(axes[0], names, strict=True):
+        lines = {line["name"]: line for line in results.likelihoods[name]["lines"]}
+        cuts = [line for key, line in lines.items() if key.startswith("StepMerge")]
+        n = [int(line["name"].rsplit(" ", 1)[1]) for line in cuts]
+        ax.errorbar(
+            n,
+            [x["kl"] for x in cuts],
+            [1.96 * x["kl_error"] for x in cuts],
+            color=COLORS["stepmerge_n4"],
+            marker="o",
+            markersize=3,
+        )
+        ax.annotate(
+            "StepMerge, N",
+            (n[1], cuts[1]["kl"]),
+            (6, 6),
+            textcoords="offset points",
+            color=COLORS["stepmerge_n4"],
+            fontsize=8,
+        )
+        others = [("PKL", "pkl"), ("PKL-U", "pkl_u"), ("PKL-T", "pkl_t")]
+        top = max(line["kl"] for line in lines.values() if line["name"] != "ELBO")
+        places = spread([lines[key]["kl"] for key, _ in others], 0.07 * top, 0, 1.1 * top)
+        for (key, slug), place in zip(others, places, strict=True):
+            value = lines[key]["kl"]
+            ax.plot([1, n[-1]], [value, value], color=COLORS[slug], linewidth=1.2, linestyle="--")
+            ax.annotate(
+                key,
+                (n[-1], value),
+                (n[-1] + 0.3, place),
+                color=COLORS[slug],
+                fontsize=8,
+                va="center",
+                annotation_clip=False,
+            )
+        ax.set_ylim(-0.03 * top, 1.15 * top)
+        ax.set_title(name.replace("_", " ", 1).capitalize().replace("_", "-"), fontsize=9, loc="left")
+        ax.set_xlabel("N", fontsize=9)
+        ax.set_xticks(n)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("KL(exact ‖ estimate), nats a token", fontsize=9)
+    figure.tight_layout(w_pad=2.5)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def tables(results: Results, tasks: list[str]) -> dict[str, str]:
+    """The tables of docs/study.md by name."""
+    tasks = [task for task in tasks if any(of == task for of, _ in results.runs)]
+    return {"claims": claims_table(results, tasks), **{task: rates_table(results, task) for task in tasks}}
+
+
+def draw(args: argparse.Namespace) -> dict[str, str]:
+    """Draw the figures, and print and return the tables."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    results = Results(args.logs)
+    found = tables(results, args.tasks)
+    tasks = [task for task in args.tasks if task in found]
+    args.figures.mkdir(parents=True, exist_ok=True)
+    for task in tasks:
+        draw_curves(results, task, args.figures / f"study_{task}.png", pyplot)
+    draw_rates(results, tasks, args.figures / "study_held_out.png", pyplot)
+    if results.likelihoods:
+        draw_likelihoods(results, args.figures / "study_likelihood.png", pyplot)
+    for name, text in found.items():
+        print(f"\n{name}\n\n{text}")
+    return found
+
+
+def main(args: argparse.Namespace) -> dict[str, str]:
+    if not args.draw:
+        run(args)
+    return draw(args)
+
+
+if __name__ == "__main__":
+    os.nice(5)
+    torch.set_num_threads(1)
+    main(make_parser().parse_args())
