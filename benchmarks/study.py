@@ -20,7 +20,8 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,12 @@ LOGGED = ("step", "flops", "reward", "reward_std", "entropy", "grad_norm")
 class StudyTask:
     """A task of the study: its recipes, and how its completions are decoded by all methods but JustGRPO."""
 
-    name: str
-    recipe: str  # of GRPO and of the denoiser's SFT; "_any_order" is the other's
+    name: str  # of its recipes too: tiny_llada/sft/NAME and tiny_llada/grpo/NAME, with _any_order behind it
     kwargs: dict[str, Any]
     length: int
     steps: int
     problems: int  # that are trained on
+    sft_steps: tuple[int, int]  # of the denoiser and of the any-order model: about 30 % solved
     budget: float  # operations that each method may take
 
 
@@ -66,16 +67,22 @@ TASKS = {
     task.name: task
     for task in (
         StudyTask(
-            "sudoku", "sudoku", {"min_blanks": 6, "max_blanks": 10}, length=17, steps=8, problems=4096, budget=6e11
+            "sudoku",
+            {"min_blanks": 6, "max_blanks": 10},
+            length=17,
+            steps=8,
+            problems=4096,
+            sft_steps=(750, 850),
+            budget=4e11,
         ),
         StudyTask(
-            "countdown",
             "countdown",
             {"num_numbers": 3, "max_number": 9},
             length=8,
             steps=8,
             problems=1700,
-            budget=3e11,
+            sft_steps=(4000, 4000),
+            budget=2e11,
         ),
     )
 }
@@ -88,7 +95,7 @@ class Method:
     name: str
     settings: dict[str, Any]
     any_order: bool = False
-    by_length: Callable[[int], dict[str, Any]] = field(default=lambda length: {})
+    left_to_right: bool = False
 
     @property
     def slug(self) -> str:
@@ -96,11 +103,12 @@ class Method:
         return ("any_order_" if self.any_order else "") + text.replace("(", "").replace(")", "").replace(" ", "_")
 
     def overrides(self, task: StudyTask) -> dict[str, Any]:
-        return {**self.settings, **self.by_length(task.length)}
+        return self.settings | self.decoding(task)
 
-
-def _left_to_right(length: int) -> dict[str, Any]:
-    return {"remasking": "left_to_right", "block_length": 1, "diffusion_steps": length}
+    def decoding(self, task: StudyTask) -> dict[str, Any]:
+        """How it draws completions in training, where that is not the task's way: one token a step."""
+        order = {"remasking": "left_to_right", "block_length": 1, "diffusion_steps": task.length}
+        return order if self.left_to_right else {}
 
 
 _SEGMENTS = "any_order_segments.AnyOrderSegments"
@@ -121,7 +129,7 @@ METHODS = [
         "ELBO",
         {"estimator": "elbo", "estimator_kwargs": {"num_samples": 4}, "importance_sampling_level": "sequence"},
     ),
-    Method("JustGRPO", {"estimator": "exact_trajectory", "scale_rewards": "group"}, by_length=_left_to_right),
+    Method("JustGRPO", {"estimator": "exact_trajectory", "scale_rewards": "group"}, left_to_right=True),
     Method("AnyOrder", {"estimator": "any_order"}, any_order=True),
     Method("diffu-GRPO", {"estimator": _SEGMENTS, "estimator_kwargs": {"num_segments": 1}}, any_order=True),
     Method("StepMerge, N = 4", {"estimator": _SEGMENTS, "estimator_kwargs": {"num_segments": 4}}, any_order=True),
@@ -135,11 +143,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=sorted({m.slug for m in METHODS}), help="Default: all.")
     parser.add_argument("--scale", type=float, default=1.0, help="Factor on the tasks' budgets.")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="Of every method.")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="Of every method.")
     parser.add_argument("--rows", type=count, default=64, help="Completions a step, in groups of 8.")
     parser.add_argument("--num_examples", type=count, default=500, help="Held-out puzzles.")
-    parser.add_argument("--solve_rate", type=float, default=0.3, help="Of validation puzzles, at which SFT stops.")
-    parser.add_argument("--sft_steps", type=count, default=4000, help="At which it stops anyway.")
+    parser.add_argument("--sft_steps", type=count, help="Of the bases; default: what solves about 30 %% of puzzles.")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="Models.")
     parser.add_argument("--logs", type=Path, default=Path(__file__).parent / "study", help="Kept logs.")
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
@@ -184,21 +191,6 @@ def solve_rate(model, tokenizer, task: StudyTask, rows, config, samples: int = 1
     return {"solved": solved, "n": len(prompts)}
 
 
-class StopAtSolveRate(TrainerCallback):
-    """Ends SFT once the model solves `target` of some validation puzzles, looking every 100 steps."""
-
-    def __init__(self, task: StudyTask, any_order: bool, tokenizer, target: float):
-        self.task, self.tokenizer, self.target = task, tokenizer, target
-        self.config = decoding(task, any_order)
-        self.rows = get_task(task.name).load("validation", 170, **task.kwargs)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % 100 == 0:
-            found = solve_rate(model, self.tokenizer, self.task, self.rows, self.config, samples=2)
-            control.should_training_stop = found["solved"] >= self.target * found["n"]
-        return control
-
-
 class Examine(TrainerCallback):
     """Solves held-out puzzles at the marks of a budget of operations, and ends the run at the last."""
 
@@ -210,8 +202,8 @@ class Examine(TrainerCallback):
         flops = (logs or {}).get("flops", 0)
         passed = [mark for mark in self.marks if mark <= flops]
         if passed:
-            self.marks = self.marks[len(passed) :]
-            self.found.append({"mark": passed[-1] / self.budget, "flops": flops, **self.examine(model)})
+            self.marks, found = self.marks[len(passed) :], self.examine(model)
+            self.found.extend({"mark": mark / self.budget, "flops": flops, **found} for mark in passed)
         if not self.marks:
             control.should_training_stop = True
         return control
@@ -231,10 +223,9 @@ def base_model(args: argparse.Namespace, task: StudyTask, any_order: bool) -> Pa
     done = folder / "sft.json"
     if not done.exists():
         init_tiny.main(init_tiny.make_parser().parse_args([str(folder / "init"), "--seed", "0"]))
-        stop = StopAtSolveRate(task, any_order, AutoTokenizer.from_pretrained(folder / "init"), args.solve_rate)
-        settings = {"max_steps": args.sft_steps, "resume_from_checkpoint": "false"}
-        recipe = f"sft/{task.recipe}{'_any_order' * any_order}"
-        trainer = train(sft, recipe, folder / "init", folder / "sft", 0, settings, [stop])
+        settings = {"max_steps": args.sft_steps or task.sft_steps[any_order], "resume_from_checkpoint": "false"}
+        recipe = f"sft/{task.name}{'_any_order' * any_order}"
+        trainer = train(sft, recipe, folder / "init", folder / "sft", 0, settings, [])
         done.write_text(json.dumps({"sft_steps": trainer.state.global_step}))
     return folder / "sft"
 
@@ -272,20 +263,21 @@ def is_done(path: Path, facts: dict[str, Any]) -> bool:
 def run(args: argparse.Namespace) -> None:
     """Train what is not there yet: seed by seed, so that the first seed of every method comes first."""
     args.logs.mkdir(parents=True, exist_ok=True)
-    likelihoods(args)
     for seed in args.seeds:
         for method in METHODS:
             for name in args.tasks:
                 if args.methods is None or method.slug in args.methods:
                     run_one(args, TASKS[name], method, seed)
+    likelihoods(args)
 
 
 def run_one(args: argparse.Namespace, task: StudyTask, method: Method, seed: int) -> None:
     overrides = method.overrides(task)
     facts: dict[str, Any] = {"task": task.name, "method": method.name, "slug": method.slug, "seed": seed}
-    facts |= {"recipe": f"tiny_llada/grpo/{task.recipe}{'_any_order' * method.any_order}", "overrides": overrides}
+    facts |= {"recipe": f"tiny_llada/grpo/{task.name}{'_any_order' * method.any_order}", "overrides": overrides}
     common = {"learning_rate": args.learning_rate, "per_device_train_batch_size": args.rows}
     common |= {"lr_scheduler_type": "constant_with_warmup", "num_train_examples": task.problems}
+    common["warmup_steps"] = 2
     facts |= {"common": common, "flops_budget": task.budget * args.scale}
     path = log_path(args.logs, facts)
     if is_done(path, facts):
@@ -294,7 +286,7 @@ def run_one(args: argparse.Namespace, task: StudyTask, method: Method, seed: int
     tokenizer, rows = AutoTokenizer.from_pretrained(base), held_out(task, args.num_examples)
     samples = -(-args.num_examples // len(rows))
     shared = decoding(task, method.any_order)
-    own = {key: overrides[key] for key in ("remasking", "block_length", "diffusion_steps") if key in overrides}
+    own = method.decoding(task)
 
     def examine(model) -> dict[str, Any]:
         found = solve_rate(model, tokenizer, task, rows, shared, samples)
@@ -333,7 +325,7 @@ def run_one(args: argparse.Namespace, task: StudyTask, method: Method, seed: int
 
 
 def likelihoods(args: argparse.Namespace) -> None:
-    """Write how far each estimator is from the exact likelihood of the bases' own trajectories (d2 Fig. 5, PADRE's 2)."""
+    """Write how far the estimators are from the exact likelihood of the bases' own trajectories (d2 Fig. 5)."""
     for name in args.tasks:
         task = TASKS[name]
         for any_order in (False, True):
@@ -356,7 +348,11 @@ def likelihoods(args: argparse.Namespace) -> None:
                 "ELBO": Elbo(4),
             }
             lines = likelihood_report(
-                model, rollout, cuts | others, exact_estimator("any_order" * any_order), batch_size=256
+                model,
+                rollout,
+                cuts | others,
+                exact_estimator("any_order" if any_order else "denoising"),
+                batch_size=256,
             )
             keep = ("name", "logp", "divergence", "kl", "kl_error", "flops")
             found = [{key: asdict(line)[key] for key in keep} for line in lines]
@@ -442,7 +438,8 @@ class Results:
         return statistics.fmean(steps[-1]["flops"] / len(steps) for _, steps, _ in self.of(task, method).values())
 
     def curve(self, task: str, method: Method, points: int = 60, window: float = 0.1) -> tuple[list, list, list, list]:
-        """Training reward against operations: at each point the mean of the last tenth of the budget; band over seeds."""
+        """Training reward against operations, each point a mean over a tenth of the budget: (at, mean, low, high)
+        over seeds."""
         runs = self.of(task, method).values()
         budget = min(facts["flops_budget"] for facts, _, _ in runs)
         at, mean, low, high = [], [], [], []
@@ -470,17 +467,19 @@ STEP_MERGE = "stepmerge_n4"  # chosen before any run: d2's N / T lies between th
 
 @dataclass(frozen=True)
 class Claim:
-    """`one` solves more than `other` at a mark of the budget; without `other`, more than the base."""
+    """`one` solves more than `other` at a mark of the budget; without `other`, more than the base did."""
 
     source: str
     text: str
     one: str
     other: str | None = None
     mark: float = 1.0
+    more: bool = True  # False: it solves fewer
 
 
 CLAIMS = [
     Claim("d2 Fig. 6", "AnyOrder improves an any-order model", "any_order_anyorder"),
+    Claim("d2 Fig. 6", "diffu-GRPO gains nothing on it", "any_order_diffu_grpo", more=False),
     Claim("d2 Fig. 6", "AnyOrder beats diffu-GRPO on it", "any_order_anyorder", "any_order_diffu_grpo"),
     Claim("d2 Fig. 7", "StepMerge (N = 4) beats diffu-GRPO", STEP_MERGE, "diffu_grpo"),
     Claim("d2 Fig. 8", "a small N falls short: N = 4 beats N = 2", STEP_MERGE, "stepmerge_n2"),
@@ -509,7 +508,7 @@ def judge(results: Results, claim: Claim, task: str) -> str:
         found = results.difference(task, one, one, claim.mark, other_mark=0)
     else:
         found = results.difference(task, one, METHODS_BY_SLUG[claim.other], claim.mark)
-    return f"{found}: **{found.verdict()}**" if found else "not run"
+    return f"{found}: **{found.verdict(claim.more)}**" if found else "not run"
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -517,13 +516,77 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def judge_likelihoods(results: Results, task: str) -> dict[tuple[str, str], str]:
+    """What the papers say of likelihoods and costs, measured on the denoiser: (source, claim) to verdict."""
+    kept = results.likelihoods.get(f"{task}_denoiser")
+    found = {}
+    if kept:
+        lines = {line["name"]: line for line in kept["lines"]}
+        d1, exact = lines["StepMerge, N = 1"], lines[f"StepMerge, N = {TASKS[task].steps}"]
+        errors = [lines[f"StepMerge, N = {n}"]["divergence"] for n in (1, 2, 4)]
+        falls = all(one > other for one, other in pairwise(errors))
+        found["d2 Fig. 5", "D_N falls with N (N = 1, 2, 4; nats a completion)"] = (
+            f"{', '.join(f'{value:.2f}' for value in errors)}: **{'borne out' if falls else 'contradicted'}**"
+        )
+        ao = lines["PKL-T"]
+        far = abs(ao["logp"] - exact["logp"]) > abs(d1["logp"] - exact["logp"])
+        found["d2 Tab. 1", "AnyOrder is far off on a plain denoiser (log-prob a token: exact, AnyOrder, d1)"] = (
+            f"{exact['logp']:.2f}, {ao['logp']:.2f}, {d1['logp']:.2f}: **{'borne out' if far else 'contradicted'}**"
+        )
+
+        def gap(one: dict, other: dict) -> str:
+            mean, half = one["kl"] - other["kl"], 1.96 * math.hypot(one["kl_error"], other["kl_error"])
+            verdict = Interval(mean, mean - half, mean + half, 1).verdict()
+            return f"{mean:+.3f} ± {half:.3f}: **{verdict}**"
+
+        for text, one, other in (
+            ("PKL is closer than d1 (KL of d1 - PKL, nats a token)", d1, lines["PKL"]),
+            ("PKL-U is closer than d1 (d1 - PKL-U)", d1, lines["PKL-U"]),
+            ("PKL-T is closer than d1 (d1 - PKL-T)", d1, lines["PKL-T"]),
+            ("PKL-U is less close than PKL (PKL-U - PKL)", lines["PKL-U"], lines["PKL"]),
+        ):
+            found["PADRE Fig. 2", text] = gap(one, other)
+    for slug in ("pkl_u", "pkl_t"):
+        method, d1_method = METHODS_BY_SLUG[slug], METHODS_BY_SLUG["diffu_grpo"]
+        if results.of(task, method) and results.of(task, d1_method):
+            ratio = results.flops_a_step(task, method) / results.flops_a_step(task, d1_method)
+            said = "borne out" if abs(ratio - 1) < 0.1 else "contradicted"
+            found["PADRE App. 10", f"a step of {method.name} costs what one of d1 does (operations)"] = (
+                f"{ratio:.2f} times: **{said}**"
+            )
+    return found
+
+
 def claims_table(results: Results, tasks: list[str]) -> str:
-    header = ["source", "claim", *(f"{task}, difference in points" for task in tasks)]
-    return table(header, ([c.source, c.text, *(judge(results, c, task) for task in tasks)] for c in CLAIMS))
+    rows = [[c.source, c.text, *(judge(results, c, task) for task in tasks)] for c in CLAIMS]
+    others = [judge_likelihoods(results, task) for task in tasks]
+    for source, text in dict.fromkeys(key for found in others for key in found):
+        rows.append([source, text, *(found.get((source, text), "not run") for found in others)])
+    rows.sort(key=lambda row: (row[0].startswith("PADRE"), row[0].split()[1] == "Tab.", row[0]))
+    return table(["source", "claim", *(task.capitalize() for task in tasks)], rows)
+
+
+def likelihood_table(results: Results) -> str:
+    """KL of each estimator from the exact conditionals, on each base's own completions."""
+    bases = {name: {line["name"]: line for line in kept["lines"]} for name, kept in results.likelihoods.items()}
+    names = [name for name in next(iter(bases.values())) if name.split()[-1] not in ("3", "5", "6", "7")]
+    rows = [
+        [name, *(f"{lines[name]['kl']:.3f} ± {1.96 * lines[name]['kl_error']:.3f}" for lines in bases.values())]
+        for name in names
+    ]
+    return table(["estimator", *(name.replace("_", ", ", 1).replace("_", "-") for name in bases)], rows)
 
 
 def rates_table(results: Results, task: str) -> str:
-    header = ["base", "method", "seeds", *(f"at {mark:g}" for mark in (0, *MARKS)), "lost since its best", "steps"]
+    header = [
+        "base",
+        "method",
+        "seeds",
+        *(f"at {mark:g}" for mark in (0, *MARKS)),
+        "lost since its best",
+        "steps",
+        "GFLOP a step",
+    ]
     rows = []
     for method in METHODS:
         runs = results.of(task, method)
@@ -541,7 +604,8 @@ def rates_table(results: Results, task: str) -> str:
         )
         steps = statistics.fmean(len(steps) for _, steps, _ in runs.values())
         base = "any-order" if method.any_order else "denoiser"
-        rows.append([base, method.name, str(len(runs)), *rates, f"{100 * lost:.1f}", f"{steps:.0f}"])
+        cost = f"{results.flops_a_step(task, method) / 1e9:.1f}"
+        rows.append([base, method.name, str(len(runs)), *rates, f"{100 * lost:.1f}", f"{steps:.0f}", cost])
     return table(header, rows)
 
 
@@ -585,7 +649,7 @@ def spread(heights: list[float], gap: float, low: float, high: float) -> list[fl
     """`heights` moved apart, so that no two are closer than `gap`, inside [low, high] where there is room."""
     order = sorted(range(len(heights)), key=heights.__getitem__)
     placed = [min(max(height, low), high) for height in heights]
-    for before, index in zip(order, order[1:], strict=False):
+    for before, index in pairwise(order):
         placed[index] = max(placed[index], placed[before] + gap)
     beyond = placed[order[-1]] - high if order else 0
     for after, index in zip([None, *reversed(order)], reversed(order), strict=False):
@@ -604,6 +668,7 @@ def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
             if not results.of(task, method):
                 continue
             at, mean, low, high = results.curve(task, method)
+            at = [flops / 1e9 for flops in at]
             budget = max(budget, at[-1])
             ax.plot(at, mean, color=COLORS[slug], linewidth=1.6)
             ax.fill_between(at, low, high, color=COLORS[slug], alpha=0.15, linewidth=0)
@@ -629,12 +694,12 @@ def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
         ax.set_xlim(0, budget)
         ax.set_ylim(bottom, top)
     for ax in axes[1]:
-        ax.set_xlabel("floating-point operations (counted)", fontsize=9)
+        ax.set_xlabel("counted operations, GFLOP", fontsize=9)
     for ax in axes[:, 0]:
         ax.set_ylabel("training reward", fontsize=9)
     seeds = max(len(runs) for (of, _), runs in results.runs.items() if of == task)
     figure.suptitle(f"{task.capitalize()}: mean and range of {seeds} seed(s)", fontsize=11)
-    figure.tight_layout(w_pad=7, rect=(0, 0, 0.9, 1))
+    figure.tight_layout(w_pad=4)
     figure.savefig(path)
     pyplot.close(figure)
 
@@ -729,7 +794,8 @@ def draw_likelihoods(results: Results, path: Path, pyplot) -> None:
 def tables(results: Results, tasks: list[str]) -> dict[str, str]:
     """The tables of docs/study.md by name."""
     tasks = [task for task in tasks if any(of == task for of, _ in results.runs)]
-    return {"claims": claims_table(results, tasks), **{task: rates_table(results, task) for task in tasks}}
+    found = {"claims": claims_table(results, tasks), **{task: rates_table(results, task) for task in tasks}}
+    return found | ({"likelihood": likelihood_table(results)} if results.likelihoods else {})
 
 
 def draw(args: argparse.Namespace) -> dict[str, str]:

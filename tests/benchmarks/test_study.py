@@ -58,7 +58,7 @@ def test_tables_say_what_the_logs_say(study, tmp_path, capsys):
     assert found["at few operations (a quarter) d1 leads PKL"].startswith("+5.0 (+5.0 to +5.0): **borne out**")
     assert found["PKL beats PKL-U"].startswith("not run")
     row = next(line for line in tables["sudoku"].splitlines() if "| diffu-GRPO |" in line)
-    assert row == "| denoiser | diffu-GRPO | 3 | 30.0 | 45.0 | 47.0 | 50.0 (45.0 to 55.0) | 0.0 | 10 |"
+    assert row == "| denoiser | diffu-GRPO | 3 | 30.0 | 45.0 | 47.0 | 50.0 (45.0 to 55.0) | 0.0 | 10 | 0.1 |"
     out = capsys.readouterr().out
     assert tables["claims"] in out and tables["sudoku"] in out
     assert {path.name for path in tmp_path.glob("*.png")} == {"study_sudoku.png", "study_held_out.png"}
