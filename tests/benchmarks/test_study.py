@@ -32,18 +32,18 @@ def study():
         yield module
 
 
-def write_log(study, folder: Path, slug: str, seed: int, solved: list[int], task: str = "sudoku") -> None:
-    """A finished run of ten steps that solved so many of 100 puzzles, first before training."""
+def write_log(study, folder: Path, slug: str, seed: int, solved: list[int], task="sudoku", steps=10) -> None:
+    """A finished run of a few equal steps that solved so many of 100 puzzles, first before training."""
     method = study.METHODS_BY_SLUG[slug]
     facts = {"task": task, "method": method.name, "slug": slug, "seed": seed, "flops_budget": 1e9}
-    steps = [{"step": i, "flops": i * 1e8, "reward": i / 20} for i in range(1, 11)]
+    lines = [{"step": i, "flops": i * 1e9 / steps, "reward": i / 20} for i in range(1, steps + 1)]
     marks = [
         {"mark": mark, "flops": mark * 1e9, "solved": s, "n": 100}
         for mark, s in zip(study.MARKS, solved[1:], strict=True)
     ]
     end = {"before": {"solved": solved[0], "n": 100}, "marks": marks, "seconds": 1.0}
     folder.mkdir(exist_ok=True)
-    study.log_path(folder, facts).write_text("".join(json.dumps(line) + "\n" for line in (facts, *steps, end)))
+    study.log_path(folder, facts).write_text("".join(json.dumps(line) + "\n" for line in (facts, *lines, end)))
 
 
 def test_tables_say_what_the_logs_say(study, tmp_path, capsys):
@@ -75,6 +75,27 @@ def test_a_claim_is_contradicted_or_undecided(study, tmp_path):
     assert verdicts["PKL-U beats d1"] == "**undecided**"
 
 
+def test_likelihoods_and_costs_are_judged(study, tmp_path):
+    kl = {"StepMerge, N = 1": 0.2, "StepMerge, N = 2": 0.1, "StepMerge, N = 4": 0.05, "StepMerge, N = 8": 0.0}
+    kl |= {"PKL": 0.1, "PKL-U": 0.11, "PKL-T": 0.4}
+    lines = [
+        {"name": name, "logp": -0.1 - value, "divergence": 10 * value, "kl": value, "kl_error": 0.01}
+        for name, value in kl.items()
+    ]
+    (tmp_path / "likelihood_sudoku_denoiser.json").write_text(json.dumps({"rows": 4, "lines": lines}))
+    for slug in ("diffu_grpo", "pkl_u", "pkl_t"):
+        write_log(study, tmp_path, slug, 0, [30, 50, 50, 60], steps=8 if slug == "pkl_t" else 10)
+    found = study.judge_likelihoods(study.Results(tmp_path), "sudoku")
+    said = {key[1].partition(" (")[0]: value for key, value in found.items()}
+    assert said["D_N falls with N"] == "2.00, 1.00, 0.50: **borne out**"
+    assert said["AnyOrder is far off on a plain denoiser"] == "-0.10, -0.50, -0.30: **borne out**"
+    assert said["PKL is closer than d1"] == "+0.100 ± 0.028: **borne out**"
+    assert said["PKL-T is closer than d1"] == "-0.200 ± 0.028: **contradicted**"
+    assert said["PKL-U is less close than PKL"] == "+0.010 ± 0.028: **undecided**"
+    assert said["a step of PKL-U costs what one of d1 does"] == "1.00 times: **borne out**"
+    assert said["a step of PKL-T costs what one of d1 does"] == "1.25 times: **contradicted**"
+
+
 def test_labels_are_moved_apart_and_stay_inside(study):
     assert study.spread([0.5, 0.5, 0.1], 0.1, 0, 1) == pytest.approx([0.5, 0.6, 0.1])
     placed = study.spread([0.95, 0.99, 1.0], 0.1, 0, 1)
@@ -103,7 +124,7 @@ def finished(study, tmp_path_factory) -> argparse.Namespace:
     """Three methods on Countdown and both bases, all of a few steps."""
     folder = tmp_path_factory.mktemp("study")
     argv = ["--seeds", "0", "--tasks", "countdown", "--methods", "stepmerge_n4", "justgrpo", "any_order_ddpo"]
-    argv += ["--scale", "0.02", "--rows", "16", "--num_examples", "8", "--sft_steps", "2"]
+    argv += ["--scale", "0.05", "--rows", "16", "--num_examples", "8", "--sft_steps", "2"]
     argv += ["--runs", str(folder / "runs"), "--logs", str(folder / "logs"), "--figures", str(folder)]
     args = study.make_parser().parse_args(argv)
     study.main(args)
@@ -114,7 +135,7 @@ def finished(study, tmp_path_factory) -> argparse.Namespace:
 def test_methods_take_equal_operations(study, finished):
     logs = {path.stem: study.read_log(path) for path in finished.logs.glob("*.jsonl")}
     assert set(logs) == {f"countdown_{slug}_seed0" for slug in finished.methods}
-    budget = 0.02 * study.TASKS["countdown"].budget
+    budget = 0.05 * study.TASKS["countdown"].budget
     for facts, steps, end in logs.values():
         flops = [step["flops"] for step in steps]
         assert flops[-1] >= budget and all(value < budget for value in flops[:-1]), "no step beyond"
@@ -129,7 +150,7 @@ def test_methods_take_equal_operations(study, finished):
 def test_what_is_finished_is_not_run_again_and_other_settings_are_refused(study, finished, monkeypatch):
     monkeypatch.setattr(study, "train", None)  # would raise if it were called
     study.main(finished)
-    other = argparse.Namespace(**{**vars(finished), "scale": 0.04})
+    other = argparse.Namespace(**{**vars(finished), "scale": 0.1})
     with pytest.raises(ValueError, match="holds another run: flops_budget="):
         study.main(other)
 
