@@ -81,7 +81,7 @@ TASKS = {
             length=8,
             steps=8,
             problems=1700,
-            sft_steps=(3600, 1800),
+            sft_steps=(3600, 3600),
             budget=2e11,
         ),
     )
