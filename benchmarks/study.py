@@ -59,8 +59,9 @@ class StudyTask:
     length: int
     steps: int
     problems: int  # that are trained on
-    sft_steps: tuple[int, int]  # of the denoiser and of the any-order model: about 30 % solved
+    sft_steps: tuple[int, int]  # of the denoiser and of the any-order model
     budget: float  # operations that each method may take
+    sft_task: str | None = None  # whose demonstrations the bases see; None: the recipe's
 
 
 TASKS = {
@@ -81,8 +82,9 @@ TASKS = {
             length=8,
             steps=8,
             problems=1700,
-            sft_steps=(3600, 3600),
+            sft_steps=(1600, 1600),
             budget=2e11,
+            sft_task="countdown_orders.TASK",
         ),
     )
 }
@@ -146,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="Of every method.")
     parser.add_argument("--rows", type=count, default=64, help="Completions a step, in groups of 8.")
     parser.add_argument("--num_examples", type=count, default=500, help="Held-out puzzles.")
-    parser.add_argument("--sft_steps", type=count, help="Of the bases; default: what solves about 30 %% of puzzles.")
+    parser.add_argument("--sft_steps", type=count, help="Of the bases; default: the task's.")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="Models.")
     parser.add_argument("--logs", type=Path, default=Path(__file__).parent / "study", help="Kept logs.")
     parser.add_argument("--figures", type=Path, default=Path("docs/figures"))
@@ -224,6 +226,7 @@ def base_model(args: argparse.Namespace, task: StudyTask, any_order: bool) -> Pa
     if not done.exists():
         init_tiny.main(init_tiny.make_parser().parse_args([str(folder / "init"), "--seed", "0"]))
         settings = {"max_steps": args.sft_steps or task.sft_steps[any_order], "resume_from_checkpoint": "false"}
+        settings |= {"task": task.sft_task} if task.sft_task else {}
         recipe = f"sft/{task.name}{'_any_order' * any_order}"
         trainer = train(sft, recipe, folder / "init", folder / "sft", 0, settings, [])
         done.write_text(json.dumps({"sft_steps": trainer.state.global_step}))
