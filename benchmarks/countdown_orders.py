@@ -1,6 +1,6 @@
 """Countdown for SFT with its problems in several orders: `task: countdown_orders.TASK`.
 
-With numbers up to 9 there are 1,700 training problems, which a model of two hundred thousand parameters learns by heart.
+With numbers up to 9 there are 1,700 training problems, which even a tiny model learns by heart.
 The task's seed decides the order of a problem's numbers and which right expression is shown; this one joins the rows
 of several seeds. Splits are the task's own, so that no held-out problem is in it in any order.
 """
