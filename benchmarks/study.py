@@ -61,6 +61,8 @@ class StudyTask:
     problems: int  # that are trained on
     sft_steps: tuple[int, int]  # of the denoiser and of the any-order model
     budget: float  # operations that each method may take
+    rows: int  # completions a step, in groups of 8
+    learning_rate: float
     sft_task: str | None = None  # whose demonstrations the bases see; None: the recipe's
     denoiser_second: bool = False  # the denoiser's SFT starts from the any-order base, which learns faster
 
@@ -76,6 +78,8 @@ TASKS = {
             problems=4096,
             sft_steps=(750, 850),
             budget=4e11,
+            rows=64,
+            learning_rate=5e-4,
         ),
         StudyTask(
             "countdown",
@@ -85,6 +89,8 @@ TASKS = {
             problems=1700,
             sft_steps=(1000, 1600),
             budget=2e11,
+            rows=128,
+            learning_rate=3e-4,
             sft_task="countdown_orders.TASK",
             denoiser_second=True,
         ),
@@ -147,8 +153,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=sorted({m.slug for m in METHODS}), help="Default: all.")
     parser.add_argument("--scale", type=float, default=1.0, help="Factor on the tasks' budgets.")
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="Of every method.")
-    parser.add_argument("--rows", type=count, default=64, help="Completions a step, in groups of 8.")
+    parser.add_argument("--learning_rate", type=float, help="Of every method; default: the task's.")
+    parser.add_argument("--rows", type=count, help="Completions a step, in groups of 8; default: the task's.")
     parser.add_argument("--num_examples", type=count, default=500, help="Held-out puzzles.")
     parser.add_argument("--sft_steps", type=count, help="Of the bases; default: the task's.")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="Models.")
@@ -284,7 +290,8 @@ def run_one(args: argparse.Namespace, task: StudyTask, method: Method, seed: int
     overrides = method.overrides(task)
     facts: dict[str, Any] = {"task": task.name, "method": method.name, "slug": method.slug, "seed": seed}
     facts |= {"recipe": f"tiny_llada/grpo/{task.name}{'_any_order' * method.any_order}", "overrides": overrides}
-    common = {"learning_rate": args.learning_rate, "per_device_train_batch_size": args.rows}
+    common: dict[str, Any] = {"learning_rate": args.learning_rate or task.learning_rate}
+    common["per_device_train_batch_size"] = args.rows or task.rows
     common |= {"lr_scheduler_type": "constant_with_warmup", "num_train_examples": task.problems}
     common["warmup_steps"] = 2
     facts |= {"common": common, "flops_budget": task.budget * args.scale}
