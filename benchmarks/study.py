@@ -388,10 +388,12 @@ class Interval:
     mean: float
     low: float
     high: float
-    seeds: int
+    values: tuple[float, ...]
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+        above = sum(value > 0 for value in self.values)
+        seeds = f"above 0 in {above} of {len(self.values)} seed{'s' * (len(self.values) > 1)}"
+        return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f}), {seeds}"
 
     def verdict(self, positive: bool = True) -> str:
         """Of a claim that the mean is above 0 (or below it)."""
@@ -407,7 +409,7 @@ def over_seeds(values: list[float], errors: Iterable[float] = ()) -> Interval:
         half = STUDENT[number - 1] * statistics.stdev(values) / math.sqrt(number)
     else:
         half = 1.96 * next(iter(errors), math.inf)
-    return Interval(mean, mean - half, mean + half, number)
+    return Interval(mean, mean - half, mean + half, tuple(values))
 
 
 class Results:
@@ -422,7 +424,8 @@ class Results:
             raise ValueError(f"{logs} holds no log. Train first: python benchmarks/study.py")
         self.likelihoods = {
             path.stem.removeprefix("likelihood_"): json.loads(path.read_text())
-            for path in sorted(logs.glob("likelihood_*.json"))
+            for task in TASKS
+            for path in sorted(logs.glob(f"likelihood_{task}_*.json"), reverse=True)
         }
 
     def of(self, task: str, method: Method) -> dict[int, tuple]:
@@ -552,7 +555,7 @@ def judge_likelihoods(results: Results, task: str) -> dict[tuple[str, str], str]
 
         def gap(one: dict, other: dict) -> str:
             mean, half = one["kl"] - other["kl"], 1.96 * math.hypot(one["kl_error"], other["kl_error"])
-            verdict = Interval(mean, mean - half, mean + half, 1).verdict()
+            verdict = Interval(mean, mean - half, mean + half, (mean,)).verdict()
             return f"{mean:+.3f} ± {half:.3f}: **{verdict}**"
 
         for text, one, other in (
@@ -612,7 +615,8 @@ def rates_table(results: Results, task: str) -> str:
         rates = [f"{100 * i.mean:.1f}" for i in found[:-1] if i]
         last = found[-1]
         assert last
-        rates.append(f"{100 * last.mean:.1f} ({100 * last.low:.1f} to {100 * last.high:.1f})")
+        low, high = 100 * max(0.0, last.low), 100 * min(1.0, last.high)
+        rates.append(f"{100 * last.mean:.1f} ({low:.1f} to {high:.1f})")
         lost = statistics.fmean(
             max(m["solved"] / m["n"] for m in (end["before"], *end["marks"]))
             - end["marks"][-1]["solved"] / end["marks"][-1]["n"]
@@ -705,7 +709,14 @@ def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
                 fontsize=8.5,
                 va="center",
                 annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": color,
+                    "linewidth": 0.6,
+                    "shrinkA": 1,
+                    "shrinkB": 0,
+                    "relpos": (0, 0.5),
+                },
             )
         ax.set_xlim(0, budget)
         ax.set_ylim(bottom, top)
@@ -713,8 +724,8 @@ def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
         ax.set_xlabel("counted operations, GFLOP", fontsize=9)
     for ax in axes[:, 0]:
         ax.set_ylabel("training reward", fontsize=9)
-    seeds = max(len(runs) for (of, _), runs in results.runs.items() if of == task)
-    figure.suptitle(f"{task.capitalize()}: mean and range of {seeds} seed(s)", fontsize=11)
+    seeds = sorted({seed for (of, _), runs in results.runs.items() if of == task for seed in runs})
+    figure.suptitle(f"{task.capitalize()}: mean and range of seeds {', '.join(map(str, seeds))}", fontsize=11)
     figure.tight_layout(w_pad=4)
     figure.savefig(path)
     pyplot.close(figure)
@@ -764,40 +775,23 @@ def draw_likelihoods(results: Results, path: Path, pyplot) -> None:
         lines = {line["name"]: line for line in results.likelihoods[name]["lines"]}
         cuts = [line for key, line in lines.items() if key.startswith("StepMerge")]
         n = [int(line["name"].rsplit(" ", 1)[1]) for line in cuts]
-        ax.errorbar(
-            n,
-            [x["kl"] for x in cuts],
-            [1.96 * x["kl_error"] for x in cuts],
-            color=COLORS["stepmerge_n4"],
-            marker="o",
-            markersize=3,
-        )
-        ax.annotate(
-            "StepMerge, N",
-            (n[1], cuts[1]["kl"]),
-            (6, 6),
-            textcoords="offset points",
-            color=COLORS["stepmerge_n4"],
-            fontsize=8,
-        )
-        others = [("PKL", "pkl"), ("PKL-U", "pkl_u"), ("PKL-T", "pkl_t")]
-        top = max(line["kl"] for line in lines.values() if line["name"] != "ELBO")
-        places = spread([lines[key]["kl"] for key, _ in others], 0.07 * top, 0, 1.1 * top)
-        for (key, slug), place in zip(others, places, strict=True):
-            value = lines[key]["kl"]
-            ax.plot([1, n[-1]], [value, value], color=COLORS[slug], linewidth=1.2, linestyle="--")
-            ax.annotate(
-                key,
-                (n[-1], value),
-                (n[-1] + 0.3, place),
-                color=COLORS[slug],
-                fontsize=8,
-                va="center",
-                annotation_clip=False,
-            )
+        kls, errors = [line["kl"] for line in cuts], [1.96 * line["kl_error"] for line in cuts]
+        ax.errorbar(n, kls, errors, color=COLORS["stepmerge_n4"], marker="o", markersize=3)
+        ends = {"StepMerge": (kls[-1], "stepmerge_n4")}
+        ends |= {
+            key: (lines[key]["kl"], slug) for key, slug in (("PKL", "pkl"), ("PKL-U", "pkl_u"), ("PKL-T", "pkl_t"))
+        }
+        top = max(max(kls), *(value for value, _ in ends.values()))
+        places = spread([value for value, _ in ends.values()], 0.07 * top, 0, 1.1 * top)
+        for (key, (value, slug)), place in zip(ends.items(), places, strict=True):
+            if key != "StepMerge":
+                ax.plot([1, n[-1]], [value, value], color=COLORS[slug], linewidth=1.2, linestyle="--")
+            style = {"color": COLORS[slug], "fontsize": 8, "va": "center", "annotation_clip": False}
+            ax.annotate(key, (n[-1], value), (n[-1] + 0.4, place), **style)
         ax.set_ylim(-0.03 * top, 1.15 * top)
-        ax.set_title(name.replace("_", " ", 1).capitalize().replace("_", "-"), fontsize=9, loc="left")
-        ax.set_xlabel("N", fontsize=9)
+        task, _, base = name.partition("_")
+        ax.set_title(f"{task.capitalize()}, {base.replace('_', '-')}", fontsize=9, loc="left")
+        ax.set_xlabel("N of StepMerge (1: d1)", fontsize=9)
         ax.set_xticks(n)
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)

@@ -54,8 +54,8 @@ def test_tables_say_what_the_logs_say(study, tmp_path, capsys):
     tables = study.main(args)
     found = {line.split(" | ")[1]: line.split(" | ")[2] for line in tables["claims"].splitlines()[2:]}
     # 10, 10 and 11 points: 10.33 and t(2) · 0.577 / √3 = 1.43 beside it. At a quarter each seed lost by 5.
-    assert found["with all of them PKL leads d1"].startswith("+10.3 (+8.9 to +11.8): **borne out**")
-    assert found["at few operations (a quarter) d1 leads PKL"].startswith("+5.0 (+5.0 to +5.0): **borne out**")
+    assert found["with all of them PKL leads d1"].startswith("+10.3 (+8.9 to +11.8), above 0 in 3 of 3 seeds: **borne out**")
+    assert found["at few operations (a quarter) d1 leads PKL"].startswith("+5.0 (+5.0 to +5.0), above 0 in 3 of 3 seeds: **borne out**")
     assert found["PKL beats PKL-U"].startswith("not run")
     row = next(line for line in tables["sudoku"].splitlines() if "| diffu-GRPO |" in line)
     assert row == "| denoiser | diffu-GRPO | 3 | 30.0 | 45.0 | 47.0 | 50.0 (45.0 to 55.0) | 0.0 | 10 | 0.1 |"
