@@ -383,7 +383,10 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95 % interval: Student's over two seeds or more, the binomials' for one."""
+    """A mean over seeds with its 95 % interval: the wider of Student's over seeds and of the binomials' over puzzles.
+
+    Three seeds that happen to agree better than their numbers of puzzles allow would make Student's alone too narrow.
+    """
 
     mean: float
     low: float
@@ -402,13 +405,12 @@ class Interval:
         return "borne out" if (self.low > 0) == positive else "contradicted"
 
 
-def over_seeds(values: list[float], errors: Iterable[float] = ()) -> Interval:
-    """`errors` are the values' standard errors, for a single seed."""
+def over_seeds(values: list[float], errors: list[float]) -> Interval:
+    """Of one value a seed and its standard error over puzzles."""
     mean, number = statistics.fmean(values), len(values)
+    half = 1.96 * math.hypot(*errors) / number
     if number > 1:
-        half = STUDENT[number - 1] * statistics.stdev(values) / math.sqrt(number)
-    else:
-        half = 1.96 * next(iter(errors), math.inf)
+        half = max(half, STUDENT[number - 1] * statistics.stdev(values) / math.sqrt(number))
     return Interval(mean, mean - half, mean + half, tuple(values))
 
 
@@ -443,7 +445,7 @@ class Results:
 
     def rate(self, task: str, method: Method, mark: float, of: str | None = None) -> Interval | None:
         rates = self.rates(task, method, mark, of)
-        return over_seeds([rate for rate, _ in rates.values()], (e for _, e in rates.values())) if rates else None
+        return over_seeds([rate for rate, _ in rates.values()], [e for _, e in rates.values()]) if rates else None
 
     def difference(self, task: str, one: Method, other: Method, mark: float, other_mark: float | None = None):
         """Solve rate of `one` minus that of `other`, seed by seed; None without a common seed."""
@@ -724,8 +726,10 @@ def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
         ax.set_xlabel("counted operations, GFLOP", fontsize=9)
     for ax in axes[:, 0]:
         ax.set_ylabel("training reward", fontsize=9)
-    seeds = sorted({seed for (of, _), runs in results.runs.items() if of == task for seed in runs})
-    figure.suptitle(f"{task.capitalize()}: mean and range of seeds {', '.join(map(str, seeds))}", fontsize=11)
+    seeds = [str(n) for n in sorted({len(runs) for (of, _), runs in results.runs.items() if of == task})]
+    figure.suptitle(
+        f"{task.capitalize()}: mean and range of {' to '.join(seeds[:1] + seeds[1:][-1:])} seeds", fontsize=11
+    )
     figure.tight_layout(w_pad=4)
     figure.savefig(path)
     pyplot.close(figure)

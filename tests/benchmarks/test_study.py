@@ -32,16 +32,16 @@ def study():
         yield module
 
 
-def write_log(study, folder: Path, slug: str, seed: int, solved: list[int], task="sudoku", steps=10) -> None:
-    """A finished run of a few equal steps that solved so many of 100 puzzles, first before training."""
+def write_log(study, folder: Path, slug: str, seed: int, solved: list[int], steps=10, puzzles=100_000) -> None:
+    """A finished run of Sudoku, of a few equal steps, that solved so many per cent, first before training."""
     method = study.METHODS_BY_SLUG[slug]
-    facts = {"task": task, "method": method.name, "slug": slug, "seed": seed, "flops_budget": 1e9}
+    facts = {"task": "sudoku", "method": method.name, "slug": slug, "seed": seed, "flops_budget": 1e9}
     lines = [{"step": i, "flops": i * 1e9 / steps, "reward": i / 20} for i in range(1, steps + 1)]
     marks = [
-        {"mark": mark, "flops": mark * 1e9, "solved": s, "n": 100}
+        {"mark": mark, "flops": mark * 1e9, "solved": s * puzzles // 100, "n": puzzles}
         for mark, s in zip(study.MARKS, solved[1:], strict=True)
     ]
-    end = {"before": {"solved": solved[0], "n": 100}, "marks": marks, "seconds": 1.0}
+    end = {"before": {"solved": solved[0] * puzzles // 100, "n": puzzles}, "marks": marks, "seconds": 1.0}
     folder.mkdir(exist_ok=True)
     study.log_path(folder, facts).write_text("".join(json.dumps(line) + "\n" for line in (facts, *lines, end)))
 
@@ -53,9 +53,14 @@ def test_tables_say_what_the_logs_say(study, tmp_path, capsys):
     args = study.make_parser().parse_args(["--draw", "--logs", str(tmp_path / "logs"), "--figures", str(tmp_path)])
     tables = study.main(args)
     found = {line.split(" | ")[1]: line.split(" | ")[2] for line in tables["claims"].splitlines()[2:]}
-    # 10, 10 and 11 points: 10.33 and t(2) · 0.577 / √3 = 1.43 beside it. At a quarter each seed lost by 5.
-    assert found["with all of them PKL leads d1"].startswith("+10.3 (+8.9 to +11.8), above 0 in 3 of 3 seeds: **borne out**")
-    assert found["at few operations (a quarter) d1 leads PKL"].startswith("+5.0 (+5.0 to +5.0), above 0 in 3 of 3 seeds: **borne out**")
+    # 10, 10 and 11 points: 10.33 and t(2) · 0.577 / √3 = 1.43 beside it. At a quarter each seed lost by 5, with the
+    # interval of 100,000 puzzles: 1.96 · √((0.45 · 0.55 + 0.4 · 0.6) / 100,000 / 3).
+    assert found["with all of them PKL leads d1"].startswith(
+        "+10.3 (+8.9 to +11.8), above 0 in 3 of 3 seeds: **borne out**"
+    )
+    assert found["at few operations (a quarter) d1 leads PKL"].startswith(
+        "+5.0 (+4.8 to +5.2), above 0 in 3 of 3 seeds: **borne out**"
+    )
     assert found["PKL beats PKL-U"].startswith("not run")
     row = next(line for line in tables["sudoku"].splitlines() if "| diffu-GRPO |" in line)
     assert row == "| denoiser | diffu-GRPO | 3 | 30.0 | 45.0 | 47.0 | 50.0 (45.0 to 55.0) | 0.0 | 10 | 0.1 |"
@@ -73,6 +78,14 @@ def test_a_claim_is_contradicted_or_undecided(study, tmp_path):
     verdicts = {c.text: study.judge(results, c, "sudoku").partition(": ")[2] for c in study.CLAIMS}
     assert verdicts["with all of them PKL leads d1"] == "**contradicted**"
     assert verdicts["PKL-U beats d1"] == "**undecided**"
+
+
+def test_seeds_that_agree_by_chance_decide_nothing(study, tmp_path):
+    for seed in range(3):
+        write_log(study, tmp_path, "diffu_grpo", seed, [30, 50, 50, 60], puzzles=100)
+        write_log(study, tmp_path, "pkl", seed, [30, 50, 50, 65], puzzles=100)
+    claim = next(c for c in study.CLAIMS if c.text == "with all of them PKL leads d1")
+    assert study.judge(study.Results(tmp_path), claim, "sudoku").endswith("**undecided**")
 
 
 def test_likelihoods_and_costs_are_judged(study, tmp_path):
