@@ -72,7 +72,7 @@ class Run:
         known, values = self.points("flops") if against == "flops" else self._seconds()
         if not len(known):
             missing, of = ("flops", "flops") if against == "flops" else ("step_time", "seconds a step")
-            others = " ".join(axis for axis in AXES if axis != against and self._knows(axis))
+            others = " ".join(axis for axis in AXES if axis != against and self.knows(axis))
             raise ValueError(
                 f"RUN={str(self.folder)!r}: its log has no `{missing}`, so it cannot be drawn against {against} "
                 f"(GRPO logs {of}; SFT, DPO and other trainers do not). Pass --against {others}."
@@ -80,7 +80,8 @@ class Run:
         inside = np.interp(steps, np.append(0.0, known), np.append(0.0, values))
         return np.where(steps > known[-1], values[-1] * steps / known[-1], inside)
 
-    def _knows(self, against: str) -> bool:
+    def knows(self, against: str) -> bool:
+        """Whether the log says where on this axis its steps are."""
         return against == "steps" or len((self.points("flops") if against == "flops" else self._seconds())[0]) > 0
 
     def _seconds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -394,6 +395,87 @@ def make_line(group: Group, curve: Curve, axes: Sequence[str]) -> Line:
     return Line(curve.group, curve.column, len(curve.runs), value(0), value(best), value(-1), at)
 
 
+def make_rows(groups: Sequence[Group], column: str, axes: Sequence[str], smooth: int) -> list[list[list[Curve]]]:
+    """The curves of a column and, where there are any, of its held-out twin: a row each, with a list an axis."""
+    rows = []
+    for name, width in ((column, smooth), (f"eval_{column}", 1)):
+        cells = [[curve for group in groups if (curve := make_curve(group, name, axis, width))] for axis in axes]
+        if cells[0]:
+            rows.append(cells)
+    return rows
+
+
+def draw_rows(
+    rows: Sequence[Sequence[Sequence[Curve]]], column: str, smooth: int, path: str | Path, title: str
+) -> Path:
+    """Draw `make_rows` as a PNG, and say below the title what its lines are."""
+    from .plots import plot_curves
+
+    mean = f"mean of the last {smooth} logged values" if smooth > 1 else "logged values"
+    legend = f"thin: logged; thick: {mean}"
+    if any(len(curve.runs) > 1 for cells in rows for curve in cells[0]):
+        legend = "thin: each seed; thick: their mean; band: its 95 % t interval (from three seeds on)"
+    names = [column if cells[0][0].column == column else f"held-out {column}" for cells in rows]
+    return plot_curves(rows, path, f"{title}\n{legend}", names)
+
+
+def draw_runs(
+    runs: Sequence[Run],
+    folder: str | Path,
+    metric: str | None = None,
+    axes: Sequence[str] = AXES,
+    smooth: int = 5,
+    named: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Draw runs, print their table, and return what is written: `curves.png` and `curves.json` in `folder`.
+
+    Args:
+        metric (`str`, *optional*): column of the log; `eval_` before it is its held-out twin.
+        smooth (`int`): logged values in the trailing mean of training's line; held-out values stay as they are.
+        named (`list[str]`): what the user has named; what else lies below those folders may lack the metric.
+    """
+    column, chosen = choose_metric(runs, metric, named)
+    for run in runs:
+        if run not in chosen:
+            print(f"{run.folder} has no {column!r} in its log and is left out.")
+    groups = group_runs(chosen)
+    check_scale(groups, column)
+    rows, lines = make_rows(groups, column, axes, smooth), []
+    by_label = {group.label: group for group in groups}
+    for cells, name, width in zip(rows, (column, f"eval_{column}"), (smooth, 1), strict=False):
+        against_steps = [make_curve(by_label[curve.group], name, "steps", width) for curve in cells[0]]
+        lines += [make_line(by_label[curve.group], curve, axes) for curve in against_steps if curve is not None]
+    several = any(len(group.runs) > 1 for group in groups)
+    title = f"{_about(chosen)}{column} of {len(chosen)} run{'s' * (len(chosen) > 1)}"
+    mean = f"mean of the last {smooth} logged values" if smooth > 1 else "logged values"
+    how = f"{mean}; over seeds their mean, and its 95 % t interval" if several else mean
+    print_curves(lines, f"{title}\n({how})")
+    for group in groups:
+        ends = {run: run.points(column)[0][-1] for run in group.runs}
+        shortest = min(ends, key=ends.__getitem__)
+        if ends[shortest] < max(ends.values()):
+            print(f"{group.label} ends at step {ends[shortest]:.0f}, where {shortest.folder} does.")
+    for group in groups[1:]:
+        found = _beyond_seed(groups[0].runs[0], group.runs[0])
+        if group.runs[0].meaning and groups[0].runs[0].meaning:
+            print(
+                f"{group.label} differs from {groups[0].label}: {in_a_line(found) or 'in the weights it starts from'}."
+            )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {
+        "metric": column,
+        "smooth": smooth,
+        "interval": "95 % t interval of the mean over seeds",
+        "table": [asdict(line) for line in lines],
+        "curves": [asdict(curve) for cells in rows for cell in cells for curve in cell],
+    }
+    (folder / "curves.json").write_text(json.dumps(written, indent=1) + "\n")
+    picture = draw_rows(rows, column, smooth, folder / "curves.png", title)
+    print(f"Written to {picture} and {folder / 'curves.json'}.")
+    return written
+
+
 def print_curves(lines: Sequence[Line], title: str, console=None) -> None:
     """Start, best and last value of each curve, and where the best one is."""
     from rich.console import Console
@@ -436,82 +518,12 @@ def time_unit(largest: float) -> tuple[float, str]:
     return (1.0, "s") if largest < 120 else (60.0, "min") if largest < 7200 else (3600.0, "h")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def draw_runs(
-    runs: Sequence[Run],
-    folder: str | Path,
-    metric: str | None = None,
-    axes: Sequence[str] = AXES,
-    smooth: int = 5,
-    named: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Draw runs, print their table, and return what is written: `curves.png` and `curves.json` in `folder`.
-
-    Args:
-        metric (`str`, *optional*): column of the log; `eval_` before it is its held-out twin.
-        smooth (`int`): logged values in the trailing mean of training's line; held-out values stay as they are.
-        named (`list[str]`): what the user has named; what else lies below those folders may lack the metric.
-    """
-    from .plots import plot_curves
-
-    column, chosen = choose_metric(runs, metric, named)
-    for run in runs:
-        if run not in chosen:
-            print(f"{run.folder} has no {column!r} in its log and is left out.")
-    groups = group_runs(chosen)
-    check_scale(groups, column)
-    rows, lines = [], []
-    for name, width in ((column, smooth), (f"eval_{column}", 1)):
-        cells = [[curve for group in groups if (curve := make_curve(group, name, axis, width))] for axis in axes]
-        if not cells[0]:
-            continue
-        rows.append(cells)
-        by_label = {group.label: group for group in groups}
-        against_steps = [make_curve(by_label[curve.group], name, "steps", width) for curve in cells[0]]
-        lines += [make_line(by_label[curve.group], curve, axes) for curve in against_steps if curve is not None]
-    several = any(len(group.runs) > 1 for group in groups)
-    title = f"{_about(chosen)}{column} of {len(chosen)} run{'s' * (len(chosen) > 1)}"
-    mean = f"mean of the last {smooth} logged values" if smooth > 1 else "logged values"
-    how = f"{mean}; over seeds their mean, and its 95 % t interval" if several else mean
-    print_curves(lines, f"{title}\n({how})")
-    for group in groups:
-        ends = {run: run.points(column)[0][-1] for run in group.runs}
-        shortest = min(ends, key=ends.__getitem__)
-        if ends[shortest] < max(ends.values()):
-            print(f"{group.label} ends at step {ends[shortest]:.0f}, where {shortest.folder} does.")
-    for group in groups[1:]:
-        found = _beyond_seed(groups[0].runs[0], group.runs[0])
-        if group.runs[0].meaning and groups[0].runs[0].meaning:
-            print(
-                f"{group.label} differs from {groups[0].label}: {in_a_line(found) or 'in the weights it starts from'}."
-            )
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = {
-        "metric": column,
-        "smooth": smooth,
-        "interval": "95 % t interval of the mean over seeds",
-        "table": [asdict(line) for line in lines],
-        "curves": [asdict(curve) for cells in rows for cell in cells for curve in cell],
-    }
-    (folder / "curves.json").write_text(json.dumps(written, indent=1) + "\n")
-    legend = (
-        "thin: each seed; thick: their mean; band: its 95 % t interval (from three seeds on)"
-        if several
-        else f"thin: logged; thick: {mean}"
-    )
-    picture = plot_curves(
-        rows, folder / "curves.png", f"{title}\n{legend}", [column, f"held-out {column}"][: len(rows)]
-    )
-    print(f"Written to {picture} and {folder / 'curves.json'}.")
-    return written
-
-
 def _about(runs: Sequence[Run]) -> str:
     """The task and the kind of training, where all runs have the same."""
     facts = [[run.meaning.get("task") or run.meaning.get("dataset_name"), run.meaning.get("command")] for run in runs]
     known = [str(fact) for fact in facts[0] if fact and all(other == facts[0] for other in facts)]
     return f"{', '.join(known)}: " if known else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
