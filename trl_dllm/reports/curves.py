@@ -376,7 +376,7 @@ def trailing_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.array([values[max(0, i + 1 - width) : i + 1].mean() for i in range(len(values))])
 
 
-def best_of(column: str, values: Sequence[float]) -> int:
+def best_of(column: str, values: Sequence[float] | np.ndarray) -> int:
     """The place of the best value: the smallest of a loss, the largest of anything else."""
     return int(np.argmin(values) if column.endswith("loss") else np.argmax(values))
 
