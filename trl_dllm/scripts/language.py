@@ -37,8 +37,8 @@ from trl_dllm.tasks import get_task
 from trl_dllm.tasks.reviews import FILE, compound
 
 
-HELD_OUT = 64  # prompts, of which none begins a training text
-SHARES = {"sft": 0.55, "grpo": 0.25}  # of the budget; fetching, converting, loading and two evaluations have the rest
+HELD_OUT = 256  # prompts, of which none begins a training text
+SHARES = {"sft": 0.4, "grpo": 0.4}  # of the budget; fetching, converting, loading and two evaluations have the rest
 SHOWN = 10  # samples
 
 
