@@ -6,9 +6,10 @@
 
 For each model (any-order in blocks of 1 or of 8: AnyOrder, StepMerge, diffu-GRPO and DDPO; masked diffusion: PKL,
 PKL-U and diffu-GRPO), with three-word prompts or none, SFT makes a base; each method trains from it until its counted
-operations (rollouts, reference and updates) reach `--flops`, and is then sampled on held-out prompts. A finished run is a file of JSON lines in `benchmarks/language/`: its facts, one line a step, the held-out
-measures. What is there is not run again, an interrupted run resumes, so the command can be stopped at any time;
-`--draw` draws the figure from the files alone. Runs at low priority.
+operations (rollouts, reference and updates) reach `--flops`, and is then sampled on held-out prompts. A finished run
+is a file of JSON lines in `benchmarks/language/`: its facts, one line a step, the held-out measures. What is there is
+not run again, an interrupted run resumes, so the command can be stopped at any time; `--draw` draws the figure from
+the files alone. Runs at low priority.
 """
 
 import argparse

@@ -134,8 +134,9 @@ def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_
     """What a model writes behind held-out prompts: one completion each, one token a step, decoded as it was trained.
 
     Kept in `output`: `samples.jsonl`, and `summary.json` with VADER's score and its 95 % interval over the prompts,
-    distinct-1 and distinct-2 of 64 completions, tokens and the share that ended, and `cross_entropy`, nats a token under
-    the model of `judge`, by the exact likelihood in the order that they were drawn in. If they are there and are those of the same models and rows, nothing is run.
+    distinct-1 and distinct-2 of 64 completions, tokens and the share that ended, and `cross_entropy`, nats a token
+    under the model of `judge`, by the exact likelihood in the order that they were drawn in. If they are there and
+    are those of the same models and rows, nothing is run.
     """
     prompts = list(rows["prompt"])
     saved, _ = saved_decoding_config([str(folder)], {"temperature": 1.0})
