@@ -125,8 +125,8 @@ def train(
 
 
 def load(folder: Path):
-    """A model in evaluation mode, on the GPU if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    """A model in evaluation mode, in the type that it was trained to multiply in, on the GPU if there is one."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
