@@ -59,6 +59,6 @@ class WarnOfLostSteps(TrainerCallback):
             warnings.warn(
                 f"learning_rate={args.learning_rate:g}: {share:.0%} of the {kind} weights that are trained are so "
                 "large that a step of that size rounds to nothing, and the run will change little. Load them as "
-                "float32 (dtype: float32; bf16: true still multiplies in bfloat16), train under DeepSpeed, which keeps "
+                "float32 (dtype: float32; bf16: true still multiplies in bfloat16), train under DeepSpeed, which has "
                 "float32 copies, or train an adapter."
             )
