@@ -129,6 +129,7 @@ def test_runs_of_other_settings_or_without_any_word_of_them_are_lines_of_their_o
     save("c", log([0.0])), save("d", log([0.0]))
     assert labels(str(tmp_path)) == {"a": [0, 1], "b": [0], "c": [None], "d": [None]}
     assert labels(f"mine={tmp_path}/c", f"mine={tmp_path}/d") == {"mine": [None, None]}
+    assert labels(f"{tmp_path}/c", f"c={tmp_path}/d") == {"c": [None], "c (2)": [None]}
 
 
 def test_weights_follow_the_seed_only_where_the_seeds_differ(save, tmp_path):

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from .samples import mean_interval, t_quantile
 
 STATE = "trainer_state.json"
 AXES = ("steps", "flops", "time")
-METRICS = ("reward", "rewards/accuracies", "loss")  # of GRPO, DPO and SFT: the first that every run has is drawn
+METRICS = ("reward", "rewards/accuracies", "loss")  # of GRPO, DPO and SFT: the first that a run has is drawn
 
 _SEEDS = ("seed", "data_seed", "puzzle_seed")
 _OF_SEEDS = ("rows", "weights", "adapter_weights")
@@ -164,7 +164,7 @@ def read_run(folder: str | Path, label: str | None = None) -> Run | None:
     return None
 
 
-def read_runs(words: Sequence[str], say: Callable[[str], None] = print) -> list[Run]:
+def read_runs(words: Sequence[str]) -> list[Run]:
     """The runs that the user names: output folders, folders of several, and `LABEL=FOLDER`, which names the line.
 
     Raises:
@@ -302,8 +302,13 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         label = group[0].label or os.path.commonprefix(names)  # noqa: RUF071  letters are meant, not folders
         if len(names) > 1:
             label = re.sub(r"(^|[-_./]+)(seed|s)?[-_./=]*$", "", label) or base.name
-        labels.append(label if label not in labels else names[0])
+        number = next(n for n in range(1, len(groups) + 1) if _numbered(label, n) not in labels)
+        labels.append(_numbered(label, number))
     return labels
+
+
+def _numbered(label: str, number: int) -> str:
+    return label if number == 1 else f"{label} ({number})"
 
 
 def check_scale(groups: Sequence[Group], column: str) -> None:
