@@ -143,10 +143,10 @@ def history(steps: int, evaluated=()) -> list[dict]:
 def test_the_summary_says_the_best_checkpoint_that_is_there(tmp_path):
     for step in (2, 6):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    evaluated = ((2, 0.25), (4, 0.75), (6, 0.5))
+    evaluated = ((2, 0.5), (4, 0.75), (6, 0.25))
     rows = dict(summary(*finished(tmp_path, history(6, evaluated))))
-    assert rows["held-out reward"] == "0.25 (step 2) → 0.5 (step 6); best 0.75 (step 4)"
-    assert rows["best checkpoint"] == f"{tmp_path / 'checkpoint-6'} (held-out reward 0.5)"
+    assert rows["held-out reward"] == "0.5 (step 2) → 0.25 (step 6); best 0.75 (step 4)"
+    assert rows["best checkpoint"] == f"{tmp_path / 'checkpoint-2'} (held-out reward 0.5)"
     assert rows["reward"] == "0.2 → 0.5 (means of the first and the last 3 logged)" and "figure" not in rows
     rows = dict(summary(*finished(tmp_path, history(6, [(3, 0.5)]))))
     assert rows["best checkpoint"].startswith("unknown: none is of an evaluated step (save_steps:")

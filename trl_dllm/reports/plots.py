@@ -1,5 +1,6 @@
 """Pictures of runs, as PNG files. Lines and points carry their names beside them: there is no legend to look up."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,22 @@ def _overlap(a: tuple, b: tuple) -> float:
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
+def trailing_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of the last `width` values at each of them, of fewer at the start."""
+    return np.array([values[max(0, i + 1 - width) : i + 1].mean() for i in range(len(values))])
+
+
+def flops_unit(largest: float) -> tuple[float, str]:
+    """(operations, name) of the unit in which a number of operations is written."""
+    power = min(max(int(math.log10(max(largest, 1)) // 3), 0), 8)
+    return 1000.0**power, f"{['', 'k', 'M', 'G', 'T', 'P', 'E', 'Z', 'Y'][power]}FLOPs"
+
+
+def time_unit(largest: float) -> tuple[float, str]:
+    """(seconds, name) of the unit in which a duration is written."""
+    return (1.0, "s") if largest < 120 else (60.0, "min") if largest < 7200 else (3600.0, "h")
+
+
 def plot_curves(
     rows: Sequence[Sequence[Sequence["Curve"]]], path: str | Path, title: str, names: Sequence[str]
 ) -> Path:
@@ -132,8 +149,6 @@ def plot_curves(
         path (`str`): the PNG to write.
         names (`list[str]`): what each row is called.
     """
-    from .curves import flops_unit, time_unit
-
     plt = pyplot()
     size = (1 + 4.2 * len(rows[0]), 0.7 + 2.9 * len(rows))
     figure, panels = plt.subplots(len(rows), len(rows[0]), figsize=size, dpi=150, squeeze=False, layout="constrained")
@@ -197,8 +212,6 @@ def plot_reward(
         held_out (`list[dict]`): `name`, `value` and its interval `low` to `high`, at equal distances: the first before
             the run, the last after it.
     """
-    from .curves import flops_unit, trailing_mean
-
     plt = pyplot()
     points = [(entry["flops"], entry[column]) for entry in log_history if column in entry and "flops" in entry]
     counted, rewards = (np.array(values, dtype=float) for values in zip(*points, strict=True))

@@ -13,7 +13,7 @@ from trl_dllm.command import Parser, count, run_script
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    from trl_dllm.reports.curves import AXES
+    from trl_dllm.reports.run_logs import AXES
 
     parser = Parser(prog=prog, description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -35,7 +35,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict:
-    from trl_dllm.reports.curves import draw_runs, read_runs
+    from trl_dllm.reports.curves import draw_runs
+    from trl_dllm.reports.run_logs import read_runs
 
     return draw_runs(read_runs(args.runs), args.output_dir, args.metric, args.against, args.smooth, args.runs)
 

@@ -23,17 +23,8 @@ import numpy as np
 from transformers import PrinterCallback, ProgressCallback, TrainerState
 
 from trl_dllm.models import unwrap
-from trl_dllm.reports.curves import (
-    AXES,
-    METRICS,
-    STATE,
-    Run,
-    best_of,
-    draw_rows,
-    group_runs,
-    make_rows,
-    say_amount,
-)
+from trl_dllm.reports.curves import best_of, draw_rows, make_rows, say_amount
+from trl_dllm.reports.run_logs import AXES, METRICS, STATE, Run, group_runs
 
 
 # The column that tells the kind of run -> (name, columns of which the first that was logged is shown).
