@@ -256,7 +256,7 @@ def plot_language(learned: list[dict], improved: list[dict], path: str | Path, t
     import matplotlib.pyplot as plt
 
     panels = [
-        (learned, "loss", "SFT: loss, nats a token"),
+        (learned, "loss", "SFT: loss, nats a position"),
         (improved, "reward", "GRPO: reward"),
         (improved, "kl", "GRPO: KL to the SFT model, nats a token"),
         (improved, "completions/mean_length", "GRPO: tokens a completion"),
