@@ -1,4 +1,4 @@
-"""SPG on real TRL: which bound a row counts, without a ratio (docs/methods.md §2.9, §4.5)."""
+"""SPG on real TRL: which bound a row counts, without a ratio (docs/methods.md §2.9, §4.3)."""
 
 from dataclasses import replace
 
