@@ -263,7 +263,7 @@ def test_one_block_of_unmixed_lower_bounds_is_the_elbo():
     ("settings", "message"),
     [
         ({"num_samples": 0}, "num_samples=0 must be at least 1"),
-        ({"eubo_beta": 0.0}, "eubo_beta=0.0 must be above 0"),
+        ({"eubo_beta": 0.0}, "eubo_beta=0.0 must be a number above 0"),
         ({"mix_weight": 1.5}, r"mix_weight=1.5 must be in \[0, 1\]"),
         ({"block_length": 0}, "block_length=0 must be at least 1"),
         ({"p_mask_clean": 1.0}, r"p_mask_clean=1.0 must be in \[0, 1\)"),

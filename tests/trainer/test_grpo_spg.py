@@ -32,12 +32,14 @@ def test_the_gradient_is_that_of_either_bound_times_the_advantage(tmp_path, loss
     for row, advantage in enumerate(advantages.tolist()):
         assert advantage != 0
         total = total - advantage * rows[1 if advantage > 0 else -1].logps[row].sum()
-    total = total / (mask.sum() if loss_type == "bnpo" else mask.numel())
+    number = mask.sum().item() if loss_type == "bnpo" else mask.numel()
+    total = total / number
+    assert loss == pytest.approx(-(advantages[:, None] * mask).sum().item() / number, rel=1e-9), "all ratios are 1"
     expected = flat(parameters, torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True))
     assert expected.abs().max() > 1e-3
     assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
 
-    lower = -(advantages[:, None] * rows[1].logps).sum() / (mask.sum() if loss_type == "bnpo" else mask.numel())
+    lower = -(advantages[:, None] * rows[1].logps).sum() / number
     other = flat(parameters, torch.autograd.grad(lower, parameters, allow_unused=True))
     assert (other - expected).abs().max() > 1e-2 * expected.abs().max(), "the lower bound's is another one"
 

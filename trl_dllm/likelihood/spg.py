@@ -21,9 +21,9 @@ from .view import Estimator, View, canvas_view
 class SandwichedBounds(Estimator):
     """SPG: the lower bound where a row's advantage is at least 0 or not known, else a mix of upper and lower bound.
 
-    The sign is that of `Rollout.advantages`, which the trainer sets. As `Elbo`'s, the number is of the row, and a share
-    of 1/R of it stands at each counted position. Costs `num_samples` forwards of P + L tokens a row, and as many again
-    without gradients in an update, since the upper bound's weights need all draws.
+    The sign is that of `Rollout.advantages`, which the trainer sets. As `Elbo`'s, the number is of the row, and 1/R of it
+    stands at each counted position. Costs `num_samples` forwards of P + L tokens a row, and as many again without
+    gradients in an update, since the upper bound's weights need all draws.
 
     A draw masks a random part of one block, 1 to all of its counted positions with equal probability; blocks before it
     are clean, and everything behind it is masked. All masked positions that are counted are scored. The draws of a row
@@ -56,10 +56,12 @@ class SandwichedBounds(Estimator):
     ):
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} must be at least 1; SPG draws 2.")
-        if eubo_beta <= 0:
-            raise ValueError(f"eubo_beta={eubo_beta} must be above 0; SPG takes 1.0 to 2.0.")
+        if not 0 < eubo_beta < torch.inf:
+            raise ValueError(f"eubo_beta={eubo_beta} must be a number above 0; SPG takes 1.0 to 2.0.")
         if not 0 <= mix_weight <= 1:
-            raise ValueError(f"mix_weight={mix_weight} must be in [0, 1]; SPG takes 0.5, or 1 for the upper bound alone.")
+            raise ValueError(
+                f"mix_weight={mix_weight} must be in [0, 1]; SPG takes 0.5, or 1 for the upper bound alone."
+            )
         if block_length is not None and block_length < 1:
             raise ValueError(f"block_length={block_length} must be at least 1, or None for one block.")
         if not 0 <= p_mask_clean < 1:

@@ -131,8 +131,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         metadata={
             "help": "Policy in the denominator of the importance ratio: 'old', the policy that drew the rollouts, or "
             "'ref', the reference (PADRE Eq. 14 and Algorithm 1 line 8 as printed), which is then loaded at beta=0 "
-            "too, or 'current', the policy itself: the ratio is 1 in all inner iterations, so that the gradient is that "
-            "of -A log π and nothing is clipped (SPG).",
+            "too, or 'current', the policy itself: the ratio is 1 in all inner iterations, the gradient is that of "
+            "-A log π, and nothing is clipped (SPG).",
             "choices": ["old", "ref", "current"],
         },
     )
@@ -278,15 +278,12 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
                 tokens for an estimator that leaves positions out, or the sampler's log-probs as the old policy's where
                 they are not what the estimator computes.
         """
-        for name, right, what in (
-            ("ratio_denominator", "current", "ratio"),
-            ("beta", 0.0, "KL"),
-        ):
+        for name, right, what in (("ratio_denominator", "current", "ratio"), ("beta", 0.0, "KL")):
             if estimator.signed and getattr(self, name) != right:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} with {type(estimator).__name__}, which scores rows by one bound or "
-                    f"another, as their advantage is: their differences are no log-ratios of two policies, and there is "
-                    f"no {what} to take of them. Set {name}={right!r}."
+                    f"{name}={getattr(self, name)!r} with {type(estimator).__name__}, which scores a row by one bound "
+                    "or another, as its advantage is: differences of them are no log-ratios of two policies, and there "
+                    f"is no {what} to take of them. Set {name}={right!r}."
                 )
         if estimator.sub_samples(self.canvas_length):
             for name, value, wrong in (

@@ -77,8 +77,8 @@ AGRPO = Paper(
 SPG = Paper(
     "wang2025spg",
     "SPG: Sandwiched Policy Gradient for Masked Diffusion Language Models",
-    "Wang, C. and Rashidinejad, P. and Su, D. and Jiang, S. and Wang, S. and Zhao, S. and Zhou, C. and Shen, S. Z. and "
-    "Chen, F. and Jaakkola, T. and Tian, Y. and Liu, B.",
+    "Wang, C. and Rashidinejad, P. and Su, D. and Jiang, S. and Wang, S. and Zhao, S. and Zhou, C. and "
+    "Shen, S. Z. and Chen, F. and Jaakkola, T. and Tian, Y. and Liu, B.",
     "2510.09541",
     "2025",
 )
