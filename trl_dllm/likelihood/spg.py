@@ -21,8 +21,8 @@ from .view import Estimator, View, canvas_view
 class SandwichedBounds(Estimator):
     """SPG: the lower bound where a row's advantage is at least 0 or not known, else a mix of upper and lower bound.
 
-    The sign is that of `Rollout.advantages`, which the trainer sets. As `Elbo`'s, the number is of the row, and 1/R of it
-    stands at each counted position. Costs `num_samples` forwards of P + L tokens a row, and as many again without
+    The sign is that of `Rollout.advantages`, which the trainer sets. As `Elbo`'s, the number is of the row, and 1/R of
+    it stands at each counted position. Costs `num_samples` forwards of P + L tokens a row, and as many again without
     gradients in an update, since the upper bound's weights need all draws.
 
     A draw masks a random part of one block, 1 to all of its counted positions with equal probability; blocks before it

@@ -282,7 +282,7 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             if estimator.signed and getattr(self, name) != right:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} with {type(estimator).__name__}, which scores a row by one bound "
-                    "or another, as its advantage is: differences of them are no log-ratios of two policies, and there "
+                    "or another, as its advantage is: their differences are no log-ratios of two policies, and there "
                     f"is no {what} to take of them. Set {name}={right!r}."
                 )
         if estimator.sub_samples(self.canvas_length):
