@@ -82,9 +82,11 @@ class SandwichedBounds(Estimator):
     def _draw(self, rollout: Rollout, n: int, seeds: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """What draw n shows, and what it scores, bool (B, L) each."""
         counted = rollout.counted
-        position = torch.arange(counted.shape[1], device=counted.device)
-        block = position // (self.block_length or max(1, len(position)))
-        members = block == torch.arange(int(block[-1]) + 1, device=block.device)[:, None]  # (blocks, L)
+        length, device = counted.shape[1], counted.device
+        size = self.block_length or length
+        position = torch.arange(length, device=device)
+        block = position // size
+        members = block == torch.arange(-(-length // size), device=device)[:, None]  # (blocks, L)
         used = (counted[:, None] & members).any(dim=2)  # (B, blocks)
         order = random_ranks(used, seeds, Purpose.VIEW, iteration, 0, 0)
         drawn = used & (order == n % used.sum(dim=1, keepdim=True).clamp(min=1))
