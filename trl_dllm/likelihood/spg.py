@@ -41,7 +41,6 @@ class SandwichedBounds(Estimator):
     """
 
     stochastic = True
-    disjoint = False
     per_token = False
     apart = True
     signed = True

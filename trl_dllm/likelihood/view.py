@@ -91,7 +91,7 @@ class Estimator:
       exponentiates is its token's log-prob. An estimator whose numbers are of the row (a bound) says
       `per_token = False`, weighs as it likes, and spreads them in `assemble`.
     - **More than a sum over views**: with `apart`, `assemble` is given each view's numbers, and may make anything
-      differentiable of them; `disjoint` must be False.
+      differentiable of them; an update then runs the views once without gradients first, whatever `disjoint` says.
     - **Leaving positions out** (`sub_samples`): views have weight 1 all the same, and the trainer weighs, once, in the
       loss: by `sampling_weights`, or by n / k where that is None. `scored` says which positions those are.
 

@@ -412,7 +412,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
     @property
     def _separable(self) -> bool:
-        return self.estimator.disjoint and is_separable(self)
+        return self.estimator.disjoint and not self.estimator.apart and is_separable(self)
 
     def _compute_loss(self, model, inputs):
         draw, first = self._inner_iteration % self._num_draws, self._inner_iteration == 0
