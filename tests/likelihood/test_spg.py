@@ -147,8 +147,8 @@ def test_draws_are_uniform_in_blocks_and_in_sizes_and_then_among_sets():
 
 
 def test_clean_positions_are_masked_by_each_draw_for_itself():
-    """Blocks of one position: the first is masked by both draws if neither is of it, and both hit it (1/3 · 1/4), or if
-    one is of it, and the other hits it (2/3 · 1/2)."""
+    """Blocks of one position: the first is masked by both draws if neither is of it and both hit it (1/3 · 1/4), or if
+    one is of it and the other hits it (2/3 · 1/2)."""
     rollout, estimator = many_rows(rows=6000, counted=(1, 1, 1)), SandwichedBounds(2, block_length=1, p_mask_clean=0.5)
     both = hits(estimator, rollout, 0)[:, 0] & hits(estimator, rollout, 1)[:, 0]
     assert both.double().mean().item() == pytest.approx(5 / 12, abs=0.02)
