@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> Path:
             return path
         models = [_drawn(*pair, task, rows, prompts) for pair in zip(compared, configs, strict=True)]
         what = args.task or "prompts"
-    data = page_data(f"{' and '.join(model.name for model in models)}: {what}", models)
+    data = page_data(f"How completions were filled in: {what}", models)
     shown = write_page(path, data)
     left = f"; {len(data['examples']) - shown} more would make it too large" if shown < len(data["examples"]) else ""
     print(f"{shown} completions{left}: open {path} in a browser.")
