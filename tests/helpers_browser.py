@@ -93,13 +93,21 @@ class Browser:
         return json.loads(answer)
 
     def open(self, path: Path, fragment: str = "") -> None:
-        """Load a page, and wait until it has drawn itself."""
-        self.call("Page.navigate", url=path.absolute().as_uri() + fragment)
+        """Load a page, and wait until it has drawn itself; a page that is there already goes to the fragment."""
+        self._loaded()
+        if "loaderId" not in self.call("Page.navigate", url=path.absolute().as_uri() + fragment):
+            self.run("new Promise((done) => setTimeout(done))")  # until it was told
+            return
         end = time.monotonic() + PATIENCE
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+        while not self._loaded():
             assert time.monotonic() < end, f"{path} did not load"
             self.call("Runtime.evaluate", expression="0")
-        self.events = [event for event in self.events if event["method"] != "Page.loadEventFired"]
+
+    def _loaded(self) -> bool:
+        """Whether a page was loaded since the last question."""
+        others = [event for event in self.events if event["method"] != "Page.loadEventFired"]
+        found, self.events = len(others) < len(self.events), others
+        return found
 
     def run(self, expression: str):
         """The value of a JavaScript expression on the page."""
