@@ -1,6 +1,8 @@
 """A headless Chromium, driven through its own pipe (DevTools protocol): no package is needed for it.
 
-It is the one that TRL_DLLM_CHROMIUM names, or one on PATH.
+It is the one that TRL_DLLM_CHROMIUM names, or one on PATH. A picture of a page, of 1200 x 1050 pixels:
+
+    python tests/helpers_browser.py trace.html#step=6 trace.png
 """
 
 import base64
@@ -10,6 +12,8 @@ import os
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,7 +39,7 @@ def find_chromium() -> str:
 class Browser:
     """`with Browser(folder) as browser`; what pages log and ask the network for is in `events`."""
 
-    def __init__(self, folder: Path, width: int = 1200, height: int = 900):
+    def __init__(self, folder: Path, width: int = 1200, height: int = 1050):
         self.events: list[dict] = []
         self._number, self._buffer, self._session = 0, b"", None
         (reads, self._out), (self._in, writes) = os.pipe(), os.pipe()
@@ -141,3 +145,12 @@ class Browser:
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+
+if __name__ == "__main__":
+    page, picture = sys.argv[1:]
+    page, _, fragment = page.partition("#")
+    with tempfile.TemporaryDirectory() as profile, Browser(Path(profile)) as browser:
+        browser.call("Emulation.setScrollbarsHidden", hidden=True)
+        browser.open(Path(page), f"#{fragment}")
+        browser.screenshot(Path(picture))

@@ -35,6 +35,7 @@ SHRUNK = {
     "eval": "--num_examples 8",
     "generate": "",
     "report": "--num_examples 4 --batch_size 4",
+    "trace": "--num_examples 2",
 }
 
 # Beginning of a command -> why it is not run.
@@ -55,6 +56,8 @@ NOT_RUN = {
     "python benchmarks/rollout.py": "tests/benchmarks/test_rollout.py runs it at toy size",
     "python benchmarks/step.py": "tests/test_step.py runs it",
     "python benchmarks/gpu.py": "tests/test_gpu.py runs it",
+    "trl-dllm trace --model_name_or_path runs/demo/grpo": "`make demo` trains that model for minutes",
+    "python tests/helpers_browser.py": "it takes a picture with a browser; tests/test_trace.py drives one",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
 
