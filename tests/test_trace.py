@@ -185,23 +185,23 @@ def page_of(words: list[str], ids: list[int], layout=None, **more) -> dict:
 
 
 def test_cells_know_the_position_that_they_show():
-    """A token may have several cells, or none; special ones have no text."""
+    """A token may have several cells, or none; special ones have no text. The first position is not counted."""
     seen = []
 
     def layout(text, row):
         seen.append((text, row))
         return Grid(2, (0, 2, None, 4), ("1", None, None, None), (None, "3", "4", "5"), (1, 1))
 
-    data = page_of(["12", "3", "45"], [4, 2, 5, 6, 3], layout, puzzle="p")
-    assert seen == [("12345", {"puzzle": "p"})], "without the padding and what is not counted"
+    data = page_of(["12", "3", "45"], [3, 4, 2, 5, 6], layout, puzzle="p")
+    assert seen == [("12345", {"puzzle": "p"})], "without what is special or not counted"
     assert data["examples"][0][0]["grid"] == {
         "columns": 2,
         "box": (1, 1),
         "cells": [
-            {"at": 0, "text": "1", "given": "1", "expected": None},
-            {"at": 2, "text": "3", "given": None, "expected": "3"},
+            {"at": 1, "text": "1", "given": "1", "expected": None},
+            {"at": 3, "text": "3", "given": None, "expected": "3"},
             {"at": None, "text": None, "given": None, "expected": "4"},
-            {"at": 3, "text": "5", "given": None, "expected": "5"},
+            {"at": 4, "text": "5", "given": None, "expected": "5"},
         ],
     }
     assert page_of(["1"], [4, 4], lambda text, row: None, puzzle="p")["examples"][0][0]["grid"] is None
@@ -232,7 +232,7 @@ def test_hostile_tokens_stay_text(tmp_path):
     assert text.count("<script") == 2 and "http://" not in text and "https://" not in text
 
 
-# --------------------------------------------------------------------------------------------------------- in a browser
+# -------------------------------------------------------------------------------------------------------- in a browser
 
 # What is to be seen of a canvas: each position's text, or None where it is masked.
 CANVAS = """[...document.querySelectorAll('.canvas .token')].map((node) =>
@@ -435,6 +435,6 @@ def test_hostile_tokens_are_seen_and_do_nothing(silent, tmp_path):
         "U+200B",
         "U+FEFF",
     ]
-    assert seen[16:] == HOSTILE[16:20] + ["';·DROP·TABLE", HOSTILE[21]]
+    assert seen[16:] == [*HOSTILE[16:20], "';·DROP·TABLE", HOSTILE[21]]
     width = silent.run("[document.documentElement.scrollWidth, innerWidth]")
     assert width[0] <= width[1], "a long token makes the page no wider"

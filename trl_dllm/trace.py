@@ -108,7 +108,8 @@ def page_data(title: str, models: Sequence[Traced]) -> dict[str, Any]:
     if len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(f"models have {sizes} completions; each needs one for every example, and at least one.")
     heads, columns = zip(*(_model(model) for model in models), strict=True)
-    return {"title": title, "left_out": 0, "models": list(heads), "examples": [list(row) for row in zip(*columns)]}
+    examples = [list(row) for row in zip(*columns, strict=True)]
+    return {"title": title, "left_out": 0, "models": list(heads), "examples": examples}
 
 
 def write_page(path: str | Path, data: Mapping[str, Any], largest: int = LARGEST) -> int:
@@ -154,7 +155,7 @@ def _model(model: Traced) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     canvases = rollout.completion_ids.tolist()
     texts = token_texts(model.tokenizer, [token for row in (*prompts, *canvases) for token in row])
     special = sorted({rollout.mask_token_id, *model.tokenizer.all_special_ids} & set(texts))
-    estimates = [(line, line.logps.cpu(), (line.scored.cpu() & rollout.counted)) for line in model.estimates]
+    estimates = [(line, line.logps.cpu(), line.scored.cpu()) for line in model.estimates]
     starts = _block_starts(rollout, model.block_length)
     completions = []
     for row, (prompt, canvas) in enumerate(zip(prompts, canvases, strict=True)):

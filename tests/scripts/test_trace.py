@@ -131,7 +131,10 @@ def test_exact_is_what_the_sampler_saw_however_it_decodes(tmp_path, family, conf
         (["--rollouts", "a.jsonl", "--prompt", "m"], r"prompt=\['m'\] with rollouts"),
         (["--rollouts", "none.jsonl"], r"none\.jsonl"),
         (["--task", "sudoku", "--cfg_scale", "1.5"], r"cfg_scale=1\.5: the estimators do not follow guidance"),
-        (["--task", "sudoku", "--output", "."], r"output='\.' is a folder; name the file to write, such as trace\.html"),
+        (
+            ["--task", "sudoku", "--output", "."],
+            r"output='\.' is a folder; name the file to write, such as trace\.html",
+        ),
         (["--task", "sudok"], "did you mean 'sudoku'"),
     ],
 )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from helpers_grpo import build, lora, text_prompts, tiny, weights
+from helpers_grpo import build, lora, tiny, weights
 
 from trl_dllm import DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.fingerprint import FINGERPRINT, Fingerprint

@@ -38,9 +38,7 @@ def load_task(args: argparse.Namespace) -> tuple[Task, Any]:
     task = find_task(args.task)
     check_task_kwargs(task, args.task_kwargs)
     check_data_dir(args.data_dir)
-    return task, task.load(
-        args.split, args.num_examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs
-    )
+    return task, task.load(args.split, args.num_examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs)
 
 
 def draw(args: argparse.Namespace, prompts: list, config: DiffusionGenerationConfig) -> tuple[Any, Any, Rollout]:

@@ -239,12 +239,12 @@ def layout(text: str, row: Mapping[str, Any]) -> Grid | None:
         return None
     places = list(itertools.islice(_digits(text), 16))
     solution = row.get("solution")
-    known = isinstance(solution, str) and len(solution) == 16
+    expected = solution if isinstance(solution, str) and len(solution) == 16 else [None] * 16
     return Grid(
         columns=4,
         places=(*places, *[None] * (16 - len(places))),
         given=tuple(digit if digit != "0" else None for digit in puzzle),
-        expected=tuple(solution) if known else (None,) * 16,
+        expected=tuple(expected),
         box=(2, 2),
     )
 
