@@ -62,7 +62,7 @@ def newest_trace(folder: Path) -> Path | None:
 
 
 def _is_due(trainer, step: int) -> bool:
-    """Whether this generation batch is the first one at or behind a multiple of `trace_steps`; a resume changes none."""
+    """Whether this generation batch is the first one at or behind a multiple of `trace_steps`."""
     every = trainer.args.trace_steps
     return every is not None and step % every < -(-trainer._cycle // trainer.args.gradient_accumulation_steps)
 

@@ -172,9 +172,9 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
     trace_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Optimizer steps from one page to the next that shows how some completions of training were filled "
-            "in: output_dir/traces/step-N.html, which the model card links and the Hub gets, too (docs/trace.md). None "
-            "writes none."
+            "help": "Optimizer steps from one page to the next that shows how some completions of training were "
+            "filled in: output_dir/traces/step-N.html, which the model card links and the Hub gets, too "
+            "(docs/trace.md). None writes none."
         },
     )
 
