@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from trl_dllm.likelihood import ExactTrajectory, token_logps
 from trl_dllm.step_maps import read_lines, read_rollout
 from trl_dllm.tasks.base import Grid
 from trl_dllm.trace import read_page
-from trl_dllm.trainer.completions import ROLLOUTS, TRACES, newest_trace
+from trl_dllm.trainer.completions import ROLLOUTS, TRACES, _by_name, newest_trace
 
 
 def test_the_trajectories_of_training_are_written_where_they_are_asked_for(tmp_path):
@@ -136,10 +137,26 @@ def test_a_page_is_written_every_so_many_steps_and_the_card_links_the_newest(tmp
     ids=["off", "cycles of two steps", "two batches a step"],
 )
 def test_pages_are_of_the_first_batch_at_or_behind_a_multiple(tmp_path, settings, expected):
-    trainer = build(tmp_path, **settings, eval_dataset=text_prompts(1), eval_strategy="steps", eval_steps=2)
+    more = {"eval_dataset": text_prompts(1), "eval_strategy": "steps", "eval_steps": 2, "save_rollouts": True}
+    trainer = build(tmp_path, **settings, **more)
     trainer.train()
     assert pages(tmp_path) == [f"step-{step}.html" for step in expected]
+    for step in expected:
+        first = read_rollout(tmp_path / ROLLOUTS / f"step-{step:06d}-0-0.jsonl")
+        shown = read_page(tmp_path / TRACES / f"step-{step}.html")["examples"]
+        assert [row["ids"] for (row,) in shown] == first.completion_ids[:8].tolist()
     assert newest_trace(tmp_path) == (Path(f"traces/step-{expected[-1]}.html") if expected else None)
+
+
+def test_each_process_has_the_rewards_of_its_own_rows():
+    """TRL gathers them over the processes, a block of rows each."""
+    rewards = torch.tensor([[1.0, 2.0], [3.0, torch.nan], [5.0, 6.0], [7.0, 8.0]])
+    of = SimpleNamespace(num_processes=2, process_index=1)
+    trainer = SimpleNamespace(accelerator=of, reward_func_names=["a", "b"])
+    assert _by_name(trainer, rewards, 2) == [{"a": 5.0, "b": 6.0}, {"a": 7.0, "b": 8.0}]
+    of.process_index = 0
+    assert _by_name(trainer, rewards, 2)[1] == {"a": 3.0, "b": None}
+    assert len(_by_name(trainer, rewards, 1)) == 1
 
 
 def test_the_newest_page_is_the_one_of_the_latest_step(tmp_path):
