@@ -14,7 +14,8 @@ from trl_dllm.scripts.trajectories import add_source, draw, load_task, read_stor
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
+    other = "`trl-dllm report curves RUN …` draws what training runs have learned: report curves --help says more."
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0], epilog=other, parents=[generation_parser()])
     add_source(parser, num_examples=64)
     parser.add_argument("--block_size", type=count, default=4, help="Positions masked at once by PKL-U.")
     parser.add_argument(
