@@ -101,7 +101,7 @@ def run_python(text: str, where: str) -> None:
             exec(compile("\n" * (line - 1) + content, where, "exec"), namespace)  # a traceback has the page's lines
 
 
-MARKS = {"scaling.md": pytest.mark.slow}  # which measures a step of 8B
+MARKS = {"scaling.md": pytest.mark.slow, "trace.md": pytest.mark.slow}  # a step of 8B; eight commands
 
 
 def not_run(words: list[str]) -> str | None:
