@@ -36,6 +36,7 @@ SHRUNK = {
     "generate": "",
     "report": "--num_examples 4 --batch_size 4",
     "report curves": "--against steps",
+    "trace": "--num_examples 2",
 }
 
 # Beginning of a command -> why it is not run.
@@ -56,6 +57,8 @@ NOT_RUN = {
     "python benchmarks/rollout.py": "tests/benchmarks/test_rollout.py runs it at toy size",
     "python benchmarks/step.py": "tests/test_step.py runs it",
     "python benchmarks/gpu.py": "tests/test_gpu.py runs it",
+    "trl-dllm trace --model_name_or_path runs/demo/grpo": "`make demo` trains that model for minutes",
+    "python tests/helpers_browser.py": "it takes a picture with a browser; tests/test_trace.py drives one",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
 
@@ -98,7 +101,7 @@ def run_python(text: str, where: str) -> None:
             exec(compile("\n" * (line - 1) + content, where, "exec"), namespace)  # a traceback has the page's lines
 
 
-MARKS = {"scaling.md": pytest.mark.slow}  # which measures a step of 8B
+MARKS = {"scaling.md": pytest.mark.slow, "trace.md": pytest.mark.slow}  # a step of 8B; eight commands
 
 
 def not_run(words: list[str]) -> str | None:
