@@ -79,7 +79,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         metadata={
             "help": "Which likelihood the loss is computed from: 'mean_field' (d1), 'step_merge' (d2), "
             "'exact_trajectory', 'agrpo', 'any_order' (d2, for any-order decoding), 'pkl', 'pkl_u' or 'pkl_t' "
-            "(PADRE), 'elbo' or 'coupled_elbo'; or the path of an Estimator of your own, 'my_module.MyEstimator'."
+            "(PADRE), 'elbo' or 'coupled_elbo', 'spg' (SPG, with ratio_denominator='current'); or the path of an "
+            "Estimator of your own, 'my_module.MyEstimator'."
         },
     )
     num_segments: int | None = field(
@@ -130,8 +131,9 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         metadata={
             "help": "Policy in the denominator of the importance ratio: 'old', the policy that drew the rollouts, or "
             "'ref', the reference (PADRE Eq. 14 and Algorithm 1 line 8 as printed), which is then loaded at beta=0 "
-            "too.",
-            "choices": ["old", "ref"],
+            "too, or 'current', the policy itself: the ratio is 1 in all inner iterations, the gradient is that of "
+            "-A log π, and nothing is clipped (SPG).",
+            "choices": ["old", "ref", "current"],
         },
     )
     kl_estimator: str = field(
@@ -169,6 +171,14 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             "tokens, the step that revealed each, and log-probs (docs/engines.md)."
         },
     )
+    trace_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps from one page to the next that shows how some completions of training were "
+            "filled in: output_dir/traces/step-N.html, which the model card links and the Hub gets, too "
+            "(docs/trace.md). None writes none."
+        },
+    )
 
     # Fields that TrainingArguments parses from a JSON string on the command line.
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]  # noqa: RUF012  declared as TRL does
@@ -204,6 +214,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             )
         if self.sampler_batch_size is not None and self.sampler_batch_size < 1:
             raise ValueError(f"sampler_batch_size={self.sampler_batch_size} must be at least 1, or None for all rows.")
+        if self.trace_steps is not None and self.trace_steps < 1:
+            raise ValueError(f"trace_steps={self.trace_steps} must be at least 1, or None for no pages.")
         self.check_decoding(self.canvas_length, "max_completion_length")
         self.generation_config()  # checks the temperature
         if self.temperature == 0:
@@ -252,6 +264,11 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
                 f"{name}={getattr(self, name)!r} with importance_sampling_level={level!r}: it needs the old policy's "
                 "own log-probs of tokens. Set importance_sampling_level='sequence'."
             )
+        if threshold is not None and self.ratio_denominator == "current":
+            raise ValueError(
+                f"off_policy_mask_threshold={threshold} with ratio_denominator='current': it compares with the old "
+                "policy, whose log-probs are not computed. Set it to None."
+            )
         if self.sync_ref_model and self.beta == 0 and self.ratio_denominator != "ref":
             raise ValueError("sync_ref_model=True with beta=0: there is no reference to synchronise. Set beta.")
         if self.loss_type != "wd1":
@@ -267,9 +284,17 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         """Refuse what does not go with the estimator.
 
         Raises:
-            ValueError: a loss that is not a sum over tokens for an estimator that leaves positions out, or the
-                sampler's log-probs as the old policy's where they are not what the estimator computes.
+            ValueError: a ratio or a KL of numbers that the advantage's sign chooses, a loss that is not a sum over
+                tokens for an estimator that leaves positions out, or the sampler's log-probs as the old policy's where
+                they are not what the estimator computes.
         """
+        for name, right, what in (("ratio_denominator", "current", "ratio"), ("beta", 0.0, "KL")):
+            if estimator.signed and getattr(self, name) != right:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} with {type(estimator).__name__}, which scores a row by one bound "
+                    "or another, as its advantage is: their differences are no log-ratios of two policies, and there "
+                    f"is no {what} to take of them. Set {name}={right!r}."
+                )
         if estimator.sub_samples(self.canvas_length):
             for name, value, wrong in (
                 *(("importance_sampling_level", self.importance_sampling_level, level) for level in LEVELS[1:]),

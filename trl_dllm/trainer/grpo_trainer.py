@@ -31,14 +31,16 @@ from trl.extras.profiling import profiling_context
 from trl.models.utils import unwrap_model_for_generation
 
 from ..generation import generate
-from ..likelihood import Estimator, Plan, TokenScores, check_estimator, compact, score_view
+from ..likelihood import Estimator, Plan, TokenScores, assembled, check_estimator, compact, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
 from ..models.lora import register_lora_targets
 from ..noise import row_seeds
 from ..rollout import Rollout, left_pad
+from ..trace import Layout
 from .architecture import check_architecture
 from .base import HOOKS, DiffusionTrainer
 from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
+from .completions import save_completions
 from .data import check_grpo_data, check_text
 from .engine import check_engine, checked_rollouts
 from .finite import check_loss, rollout_of
@@ -54,11 +56,10 @@ from .loss import (
     wd1_advantages,
     with_sequence_ratio,
 )
-from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch
+from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch, record_order
 from .model_card import complete_card
 from .old_and_reference import add_logps
 from .profile import Profile
-from .records import save_rollout
 from .reference import load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
 from .rewards import give_trajectory
@@ -136,6 +137,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     model: PreTrainedModel
     _tag_names = ["trl", "grpo", "trl-dllm", "masked-diffusion"]  # noqa: RUF012  TRL declares it so
     _name = "Diffusion GRPO"
+    layout: Layout | None = None  # set by the script, which knows the task
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, estimator: Estimator | None = None, **kwargs):
         check_trl(GRPOTrainer, _OVERRIDDEN)
@@ -256,7 +258,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
         (rollout, self._rollout), (rewards, self._rewards) = (self._rollout, None), (self._rewards, None)
-        save_rollout(self, rollout)
+        save_completions(self, rollout, rewards, inputs, outputs["advantages"])
         if self.args.loss_tokens == "canvas":
             rollout = replace(rollout, counted=rollout.revealed)
 
@@ -277,6 +279,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         return outputs
 
     def _calculate_rewards(self, *args, **kwargs):
+        record_order(self, self._rollout)
         self._rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rewards
 
@@ -386,9 +389,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 reference=reference_beside(self) if full_kl else None,
                 support=rollout.support,
                 owner=owner,
-                rows=len(rollout),
+                rows=plan.num_rows,
             )
-        scores = replace(scores, logps=self.estimator.assemble(scores.logps, rollout.counted))
         if self.model.training:  # the run's cost is that of training
             rows, width = view.input_ids.shape
             training = torch.is_grad_enabled()
@@ -413,7 +415,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
     @property
     def _separable(self) -> bool:
-        return self.estimator.disjoint and is_separable(self)
+        return self.estimator.disjoint and not self.estimator.apart and is_separable(self)
 
     def _compute_loss(self, model, inputs):
         draw, first = self._inner_iteration % self._num_draws, self._inner_iteration == 0
@@ -437,6 +439,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 return self._score_view(model, plan, number, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
+            scores = assembled(plan, scores)
             value = self._loss_of(scores, inputs, record)
             if record:
                 parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}

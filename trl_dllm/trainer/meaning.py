@@ -65,7 +65,7 @@ MEANING = _names(
 
 SCHEDULE = _names(
     "max_steps num_train_epochs save_strategy save_steps save_total_limit save_only_model",
-    "logging_strategy logging_steps logging_first_step",
+    "logging_strategy logging_steps logging_first_step trace_steps",
     "eval_strategy eval_steps eval_delay eval_on_start num_eval_examples num_generations_eval dataset_test_split",
     "ignore_data_skip",
 )
@@ -96,6 +96,7 @@ MACHINE = _names(
     "log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica disable_tqdm",
     "report_to trackio_space_id trackio_bucket_id trackio_static_space_id log_completions log_multimodal",
     "num_completions_to_print log_unique_prompts log_completions_hub_repo debug skip_memory_metrics save_rollouts",
+    "print_all_metrics",
     # evaluation
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps",
     "include_for_metrics batch_eval_metrics",

@@ -13,6 +13,7 @@ from ..generation import DiffusionGenerationConfig, decoding_of
 from ..generation.saved import decoding_config
 from ..likelihood import ESTIMATORS
 from ..models import unwrap
+from .completions import newest_trace
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,14 @@ AGRPO = Paper(
     "2510.04019",
     "2025",
 )
+SPG = Paper(
+    "wang2025spg",
+    "SPG: Sandwiched Policy Gradient for Masked Diffusion Language Models",
+    "Wang, C. and Rashidinejad, P. and Su, D. and Jiang, S. and Wang, S. and Zhao, S. and Zhou, C. and "
+    "Shen, S. Z. and Chen, F. and Jaakkola, T. and Tian, Y. and Liu, B.",
+    "2510.09541",
+    "2025",
+)
 VRPO = Paper(
     "zhu2025llada15",
     "LLaDA 1.5: Variance-Reduced Preference Optimization for Large Language Diffusion Models",
@@ -95,6 +104,7 @@ PAPERS = {
     "pkl_t": PADRE,
     "elbo": LLADA,
     "coupled_elbo": DIFFUCODER,
+    "spg": SPG,
     "masked_diffusion": LLADA,
 }
 
@@ -158,6 +168,9 @@ def _facts(trainer) -> list[str]:
     if decoding:
         when = "in training" if trainer.args.known_decoding() else "before this training"
         facts.append(f"Decoding {when}: {_listed(decoding)}")
+    page = newest_trace(Path(trainer.args.output_dir)) if getattr(trainer.args, "trace_steps", None) else None
+    if page is not None:
+        facts.append(f"How completions were filled in, step by step: [{page.as_posix()}]({page.as_posix()})")
     logged = next((entry for entry in reversed(trainer.state.log_history) if "flops" in entry), None)
     if logged is not None:
         facts.append(
