@@ -52,6 +52,7 @@ NOT_RUN = {
     },
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
     "python benchmarks/language.py": "it trains for hours; tests/benchmarks/test_language.py runs it at toy size",
+    "python benchmarks/study.py": "it trains for an hour; tests/benchmarks/test_study.py runs it at toy size",
     "python benchmarks/any_order_loop.py": "tests/benchmarks/test_any_order.py runs it at toy size",
     "python benchmarks/loop.py": "tests/test_loop.py runs it",
     "python benchmarks/rollout.py": "tests/benchmarks/test_rollout.py runs it at toy size",
