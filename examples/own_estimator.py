@@ -2,8 +2,9 @@
 
     python examples/own_estimator.py
 
-`BlockMeanField` scores a block of the canvas in one forward, with the blocks before it shown and those behind it masked, as
-the sampler saw them when it began the block. docs/extending.md has an estimator that draws at random, and the contract.
+`BlockMeanField` scores a block of the canvas in one forward, with the blocks before it shown and those behind it
+masked, as the sampler saw them when it began the block. docs/extending.md has an estimator that draws at random, and
+the contract.
 """
 
 import torch

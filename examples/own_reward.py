@@ -2,7 +2,8 @@
 
     python examples/own_reward.py
 
-A reward is any function that TRL takes: it is given the completions and the columns of their rows, and returns a number for each.
+A reward is any function that TRL takes: it is given the completions and the columns of their rows, and returns a
+number for each.
 """
 
 from datasets import Dataset

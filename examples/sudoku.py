@@ -2,7 +2,7 @@
 
     python examples/sudoku.py
 
-For a checkpoint of yours, replace `create_tiny_model` by its name: `DiffusionGRPOTrainer("GSAI-ML/LLaDA-8B-Instruct", …)`.
+For a checkpoint of yours give its name in place of the model: `DiffusionGRPOTrainer("GSAI-ML/LLaDA-8B-Instruct", …)`.
 """
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, DiffusionSFTConfig, DiffusionSFTTrainer
@@ -12,7 +12,13 @@ from trl_dllm.tasks import get_task
 
 model, tokenizer = create_tiny_model("llada")
 task = get_task("sudoku")
-on_a_cpu = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "gradient_checkpointing": False}
+on_a_cpu = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+}
 
 sft = DiffusionSFTTrainer(
     model,

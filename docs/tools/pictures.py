@@ -80,19 +80,19 @@ class Drawing:
 
     def text(self, x: int, y: int, text: str, size: int = 13, fill: str = INK, anchor: str = "start", turn=0) -> None:
         turned = f' transform="rotate({turn} {x} {y})"' if turn else ""
-        self.parts.append(
-            f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{turned}>{escape(text)}</text>'
-        )
+        place = f'x="{x}" y="{y}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{turned}'
+        self.parts.append(f"<text {place}>{escape(text)}</text>")
         if anchor == "start" and not turn:
             self.width = max(self.width, x + int(len(text) * size * 0.56))
         self.height = max(self.height, y + 4)
 
     def svg(self, title: str) -> str:
         width, height = self.width + 12, self.height + 12
+        size = f'width="{width}" height="{height}"'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height}"'
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
-            f'font-family="system-ui, sans-serif"><title>{escape(title)}</title>'
-            f'<rect width="{width}" height="{height}" fill="#fff"/>\n' + "\n".join(self.parts) + "\n</svg>\n"
+            f'{head} font-family="system-ui, sans-serif"><title>{escape(title)}</title>'
+            f'<rect {size} fill="#fff"/>\n' + "\n".join(self.parts) + "\n</svg>\n"
         )
 
 
@@ -107,7 +107,11 @@ def row(drawing: Drawing, y: int, cells: list[tuple[str, str]], label: str) -> N
     drawing.text(12 + len(cells) * CELL + 20, y + 18, label, 13, GREY)
 
 
-LEGEND = [("token", "shown"), ("mask", "[MASK], not scored"), ("scored", "[MASK] to the model, which is asked for this")]
+LEGEND = [
+    ("token", "shown"),
+    ("mask", "[MASK], not scored"),
+    ("scored", "[MASK] to the model, which is asked for this"),
+]
 
 
 def legend(drawing: Drawing, y: int, entries: list[tuple[str, str]], colours: dict[str, str]) -> None:
@@ -157,7 +161,8 @@ def draw_attention(title: str, view: View, groups: list[tuple[str, int]]) -> str
         drawing.text(place[n] + 15, LEFT - 8, word if kind != "scored" else f"M({word})", 12, colour, turn=-55)
         drawing.text(LEFT - 8, place[n] + 16, word if kind != "scored" else f"M({word})", 12, colour, "end")
         for k in range(len(cells)):
-            drawing.box(place[k], place[n], SIDE - 2, SIDE - 2, SEEN[shown[k][1]] if allowed[n][k] else "#fff", "#d1d5db")
+            fill = SEEN[shown[k][1]] if allowed[n][k] else "#fff"
+            drawing.box(place[k], place[n], SIDE - 2, SIDE - 2, fill, "#d1d5db")
     for (name, _), start in zip(groups, starts, strict=True):
         drawing.text(place[-1] + SIDE + 10, place[start] + 16, f"rows: {name}", 12, GREY)
     legend(

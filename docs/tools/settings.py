@@ -20,24 +20,24 @@ PAGE = Path(__file__).parents[1] / "settings.md"
 PREFACE = """<!-- Written by `python docs/tools/settings.py`; edit the fields' help, not this page. -->
 # Settings
 
-Every field that this library adds to TRL's configs. The same name is an argument of the config class in Python, a key of a recipe, and
-`--name value` on the command line. TRL's own fields keep their meaning; [trl_options.md](trl_options.md) says of each what becomes of it, and
-`trl-dllm recipe NAME` prints a complete example. A value of the wrong type, out of range or in contradiction to another is an error before any weight
-is loaded.
+Every field that this library adds to TRL's configs. The same name is an argument of the config class in Python, a
+key of a recipe, and `--name value` on the command line. TRL's own fields keep their meaning;
+[trl_options.md](trl_options.md) says of each what becomes of it, and `trl-dllm recipe NAME` prints a complete example.
+A value of the wrong type, out of range or in contradiction to another is an error before any weight is loaded.
 
-The last column is what another value does to a run that is resumed ([runs.md](runs.md#meaning-schedule-machine)): *meaning* is refused,
-*schedule* is taken over and said, *machine* is ignored."""
+The last column is what another value does to a run that is resumed ([runs.md](runs.md#meaning-schedule-machine)):
+*meaning* is refused, *schedule* is taken over and said, *machine* is ignored."""
 
 # heading -> (what stands below it, the config, the class whose fields are not listed)
 SECTIONS: dict[str, tuple[str, type, type | None]] = {
     "GRPO": (
-        "`DiffusionGRPOConfig`: TRL's `GRPOConfig`, the fields below, and those of [decoding](#decoding). The canvas length is TRL's "
-        "`max_completion_length`, the temperature TRL's `temperature`.",
+        "`DiffusionGRPOConfig`: TRL's `GRPOConfig`, the fields below, and those of [decoding](#decoding). The canvas "
+        "length is TRL's `max_completion_length`, the temperature TRL's `temperature`.",
         DiffusionGRPOConfig,
         GRPOConfig,
     ),
     "Decoding": (
-        "Fields of `DiffusionGRPOConfig` and `DiffusionGenerationConfig`, and flags of `generate`, `eval` and `report`.",
+        "Fields of `DiffusionGRPOConfig` and `DiffusionGenerationConfig`; flags of `generate`, `eval` and `report`.",
         DecodingArguments,
         None,
     ),
@@ -49,8 +49,8 @@ SECTIONS: dict[str, tuple[str, type, type | None]] = {
     "SFT": ("`DiffusionSFTConfig`: TRL's `SFTConfig`, and", DiffusionSFTConfig, SFTConfig),
     "DPO": ("`DiffusionDPOConfig`: TRL's `DPOConfig`, and", DiffusionDPOConfig, DPOConfig),
     "The commands": (
-        "Of `trl-dllm grpo`, `sft` and `dpo`: TRL's `ScriptArguments` (`dataset_name`, …) and `ModelConfig` (`model_name_or_path`, `use_peft`, "
-        "`lora_r`, `load_in_4bit`, …), and",
+        "Of `trl-dllm grpo`, `sft` and `dpo`: TRL's `ScriptArguments` (`dataset_name`, …) and `ModelConfig` "
+        "(`model_name_or_path`, `use_peft`, `lora_r`, `load_in_4bit`, …), and",
         TaskArguments,
         ScriptArguments,
     ),
@@ -60,7 +60,7 @@ SECTIONS: dict[str, tuple[str, type, type | None]] = {
 
 
 def added(config: type, beyond: type | None) -> list[Field]:
-    """The fields of a config that a base has not, or has with another default; decoding's have a section of their own."""
+    """The fields of a config that a base has not, or has with another default; decoding's have their own section."""
     base = {f.name: f for f in fields(beyond)} if beyond else {}
     own = {f.name for f in fields(DecodingArguments)} if config is DiffusionGRPOConfig else set()
     found = [f for f in fields(config) if f.name != "_" and f.name not in own]
@@ -72,7 +72,7 @@ def default(field: Field) -> Any:
 
 
 def row(field: Field, hints: dict[str, Any]) -> str:
-    kind = inspect.formatannotation(hints[field.name]).replace("typing.", "")
+    kind = inspect.formatannotation(hints[field.name]).replace("typing.", "").replace(" | ", " or ")  # `|` ends a cell
     text = field.metadata["help"].replace("%%", "%")
     others = [name for name, names in (("schedule", SCHEDULE), ("machine", MACHINE)) if field.name in names]
     cells = [

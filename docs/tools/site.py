@@ -80,7 +80,7 @@ def _page(target: str) -> str:
     if target.startswith("docs/") and path.suffix in SHOWN:
         return target.removeprefix("docs/")
     if path.is_dir():
-        return f"{FOLDER}/{target}/index.md"
+        return posixpath.join(FOLDER, target, "index.md")
     return f"{FOLDER}/{target}" if path.suffix in SHOWN else f"{FOLDER}/{target}.md"
 
 
@@ -96,7 +96,8 @@ def _copy(target: str) -> str | bytes:
         return path.read_bytes()
     head = f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n# {target}\n\n"
     if path.is_dir():
-        lines = [f"- [{file.name}]({target.rpartition('/')[2]}/{file.name}): {_first_line(file)}" for file in _inside(path)]
+        name = path.name
+        lines = [f"- [{file.name}]({name}/{file.name}): {_first_line(file)}" for file in _inside(path)]
         return head + "\n".join(lines)
     language = {".py": "python", ".yaml": "yaml", ".json": "json"}.get(path.suffix, "text")
     return f"{head}``````{language}\n{path.read_text().rstrip()}\n``````\n"
