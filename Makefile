@@ -48,7 +48,7 @@ coverage: $(VENV)/dev
 	$(BIN)/coverage report --include "trl_dllm/likelihood/*,trl_dllm/generation/*,trl_dllm/models/*,trl_dllm/trainer/*"
 
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # An environment whose own packages are the floors; torch and the tools are those of the first one.
 OLDEST := $(VENV)/oldest
