@@ -1,14 +1,15 @@
-"""AnyOrder, StepMerge, diffu-GRPO and DDPO on SmolLM2-135M and movie reviews, at equal counted operations.
+"""d2's and PADRE's comparisons on SmolLM2-135M and movie reviews, at equal counted operations.
 
     make language
     python benchmarks/language.py --flops 6e13 --seeds 0 1 2
     python benchmarks/language.py --draw
 
-For each arm, blocks of 1 or 8 with three-word prompts or none, SFT makes a base model; each method trains from it
-until its counted operations (rollouts, reference and updates) reach `--flops`, and is then sampled on held-out
-prompts. A finished run is a file of JSON lines in `benchmarks/language/`: its facts, one line a step, the held-out
-measures. What is there is not run again, an interrupted run resumes, so the command can be stopped at any time;
-`--draw` draws the figure from the files alone. Runs at low priority.
+For each model (any-order in blocks of 1 or of 8: AnyOrder, StepMerge, diffu-GRPO and DDPO; masked diffusion: PKL,
+PKL-U and diffu-GRPO), with three-word prompts or none, SFT makes a base; each method trains from it until its counted
+operations (rollouts, reference and updates) reach `--flops`, and is then sampled on held-out prompts. A finished run
+is a file of JSON lines in `benchmarks/language/`: its facts, one line a step, the held-out measures. What is there is
+not run again, an interrupted run resumes, so the command can be stopped at any time; `--draw` draws the figure from
+the files alone. Runs at low priority.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +31,34 @@ from trl_dllm.scripts.language import examine, prepare, train
 from trl_dllm.tasks import get_task
 
 
-METHODS = {  # name: recipe
-    "AnyOrder": "smollm2/grpo/reviews",
-    "StepMerge, N = 4": "smollm2/grpo/reviews_step_merge",
-    "diffu-GRPO": "smollm2/grpo/reviews_diffu_grpo",
-    "DDPO": "smollm2/grpo/reviews_ddpo",
+@dataclass(frozen=True)
+class Model:
+    """A base that SFT makes, and what its methods change in their recipes."""
+
+    title: str
+    sft: str
+    sft_steps: int
+    methods: tuple[str, ...]
+    changes: tuple[str, ...] = ()
+
+
+RECIPES = {  # of the methods
+    "AnyOrder": "reviews",
+    "StepMerge, N = 4": "reviews_step_merge",
+    "diffu-GRPO": "reviews_diffu_grpo",
+    "DDPO": "reviews_ddpo",
+    "masked diffu-GRPO": "reviews_masked_diffu_grpo",
+    "PKL, 8 positions": "reviews_masked_pkl",
+    "PKL-U, 8 at once": "reviews_masked_pkl_u",
 }
-COLORS = dict(zip(METHODS, ("tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
-BLOCKS = {  # block length: SFT recipe and steps, and what GRPO changes
-    1: ("smollm2/sft/reviews", 300, []),
-    8: ("smollm2/sft/reviews_blocks", 1500, ["--block_length", "8", "--learning_rate", "1e-4", "--beta", "0.1"]),
+D2, PADRE = tuple(RECIPES)[:4], tuple(RECIPES)[4:]
+OF_BLOCKS = ("--block_length", "8", "--learning_rate", "1e-4", "--beta", "0.1")
+MODELS = {
+    "blocks1": Model("any-order, blocks of 1", "smollm2/sft/reviews", 100, D2),
+    "blocks8": Model("any-order, blocks of 8", "smollm2/sft/reviews_blocks", 1500, D2, OF_BLOCKS),
+    "masked": Model("masked diffusion", "smollm2/sft/reviews_masked", 420, PADRE),
 }
+COLORS = dict(zip(D2 + PADRE, ("C0", "C1", "C2", "C3", "C2", "C4", "C5"), strict=True))
 LOGGED = ("step", "flops", "flops_paper", "reward", "reward_std", "kl", "entropy", "grad_norm")
 LENGTH = "completions/mean_length"
 
@@ -60,10 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", type=float, help="Operations that each method may take.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--blocks", type=int, nargs="+", choices=sorted(BLOCKS), default=[1])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["blocks1"])
     parser.add_argument("--prompt_words", type=int, nargs="+", choices=[0, 3], default=[3, 0])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--sft_steps", type=count, help="Of each base; default: 300, or 1500 in blocks of 8.")
+    parser.add_argument("--methods", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--sft_steps", type=count, help="Of each base; default: 100, 1500 in blocks of 8, 420 masked.")
     parser.add_argument("--num_examples", type=count, default=64, help="Held-out prompts.")
     parser.add_argument("--model", type=Path, help="The model to start from; default: what make language converts.")
     parser.add_argument("--data_dir", type=Path, help="Where the texts are; default: what make language writes.")
@@ -76,8 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def log_path(logs: Path, facts: dict[str, Any]) -> Path:
-    method = facts["recipe"].partition("reviews")[2].strip("_") or "any_order"
-    return logs / f"blocks{facts['block_length']}_words{facts['prompt_words']}_{method}_seed{facts['seed']}.jsonl"
+    method = facts["recipe"].partition("reviews")[2].removeprefix("_masked").strip("_") or "any_order"
+    return logs / f"{facts['model']}_words{facts['prompt_words']}_{method}_seed{facts['seed']}.jsonl"
 
 
 def read_log(path: Path) -> tuple[dict, list[dict], dict]:
@@ -101,31 +120,32 @@ def is_done(path: Path, facts: dict[str, Any]) -> bool:
 def run(args: argparse.Namespace) -> None:
     """Train what is not there yet: seed by seed, so that the first seed of every method comes first."""
     model, data_dir = prepare(Path("runs/language"), args.model, args.data_dir)
-    arms = [(block, words) for block in args.blocks for words in args.prompt_words]
     for seed in args.seeds:
-        for block, words in arms:
-            _run_arm(args, model, data_dir, block, words, seed)
+        for name in args.models:
+            for words in args.prompt_words:
+                _run_arm(args, model, data_dir, name, words, seed)
 
 
-def _run_arm(args: argparse.Namespace, model: Path, data_dir: Path, block: int, words: int, seed: int) -> None:
-    recipe, sft_steps, changes = BLOCKS[block]
-    sft_steps = args.sft_steps or sft_steps
-    folder = args.runs / f"blocks{block}_words{words}"
+def _run_arm(args: argparse.Namespace, start: Path, data_dir: Path, model: str, words: int, seed: int) -> None:
+    arm = MODELS[model]
+    sft_steps = args.sft_steps or arm.sft_steps
+    folder = args.runs / f"{model}_words{words}"
     of_task = ["--task_kwargs", json.dumps({"prompt_words": words})]
     rows = get_task("reviews").load("test", args.num_examples, data_dir=str(data_dir), prompt_words=words)
-    for name in args.methods:
-        facts = {"method": name, "recipe": METHODS[name], "block_length": block, "prompt_words": words, "seed": seed}
+    for name in [method for method in arm.methods if method in args.methods]:
+        recipe = f"smollm2/grpo/{RECIPES[name]}"
+        facts = {"method": name, "recipe": recipe, "model": model, "prompt_words": words, "seed": seed}
         facts |= {"flops_budget": args.flops, "sft_steps": sft_steps}
         path = log_path(args.logs, facts)
         if is_done(path, facts):
             continue
         # One base for all seeds: what differs between them is RL alone.
         base, steps = folder / "sft", ["--max_steps", str(sft_steps)]
-        train(sft, recipe, model, data_dir, base, 0, *steps, *of_task, callbacks=[])
+        train(sft, arm.sft, start, data_dir, base, 0, *steps, *of_task, callbacks=[])
         before = examine(base, base, folder / "before", rows, seed=0)
-        start, output = time.time(), folder / path.stem
-        more = [*changes, *of_task, "--max_steps", "100000"]
-        history = train(grpo, METHODS[name], base, data_dir, output, seed, *more, callbacks=[StopAtFlops(args.flops)])
+        began, output = time.time(), folder / path.stem
+        more = [*arm.changes, *of_task, "--max_steps", "100000"]
+        history = train(grpo, recipe, base, data_dir, output, seed, *more, callbacks=[StopAtFlops(args.flops)])
         after = examine(output, base, folder / f"{path.stem}_after", rows, seed=0)
         samples = [json.loads(line) for line in (folder / f"{path.stem}_after" / "samples.jsonl").open()]
         steps = [
@@ -137,7 +157,7 @@ def _run_arm(args: argparse.Namespace, model: Path, data_dir: Path, block: int, 
             "before": _measures(before),
             "after": _measures(after),
             "samples": samples[:10],
-            "seconds_of_last_session": round(time.time() - start, 1),
+            "seconds_of_last_session": round(time.time() - began, 1),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         }
         args.logs.mkdir(parents=True, exist_ok=True)
@@ -157,10 +177,25 @@ def smooth(values: list[float], window: int = 5) -> list[float]:
     return [sum(part) / len(part) for part in parts]
 
 
+def pooled(measures: list[dict]) -> dict:
+    """Means over seeds; the interval is that of the completions of all of them."""
+    mean = {key: sum(each[key] for each in measures) / len(measures) for key in measures[0]}
+    half = sum(((each["high"] - each["low"]) / 2) ** 2 for each in measures) ** 0.5 / len(measures)
+    return {**mean, "low": mean["mean"] - half, "high": mean["mean"] + half}
+
+
+def interval(measures: dict) -> str:
+    return f"{measures['mean']:.2f} ({measures['low']:.2f} to {measures['high']:.2f})"
+
+
+def _of(runs: list[tuple], model: str, words: int) -> list[tuple]:
+    return [run for run in runs if (run[0]["model"], run[0]["prompt_words"]) == (model, words)]
+
+
 def draw(logs: Path, figure_path: Path) -> list[tuple]:
     """Draw all finished runs, an arm a panel, and print their held-out measures.
 
-    Returns the table's rows: block length, prompt words, method, seeds, and mean held-out score before and after.
+    Returns the table's rows: model, prompt words, method, seeds, and mean held-out score before and after.
     """
     import matplotlib
 
@@ -170,39 +205,31 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
     runs = [read_log(path) for path in sorted(logs.glob("*.jsonl"))]
     if not runs:
         raise ValueError(f"{logs} holds no log. Train first: python benchmarks/language.py --flops 6e13")
-    arms = sorted({(facts["block_length"], -facts["prompt_words"]) for facts, _, _ in runs})
+    arms = [(model, words) for model in MODELS for words in (3, 0) if _of(runs, model, words)]
     figure, axes = plt.subplots(1, len(arms), figsize=(5.2 * len(arms), 4), dpi=130, squeeze=False, sharey=True)
     table = []
-    print(f"{'blocks':>6}  {'prompt':>6}  {'method':<17} {'seeds':>5}  {'before':>6}  {'after':>6}  ", end="")
-    print(f"{'each seed':<24} {'distinct-2':>10}  {'nats':>5}")
-    for ax, (block, negative) in zip(axes[0], arms, strict=True):
-        words = -negative
-        for name in METHODS:
-            found = [
-                (facts, steps, end)
-                for facts, steps, end in runs
-                if (facts["block_length"], facts["prompt_words"], facts["method"]) == (block, words, name)
-            ]
+    print("| model | prompts | method | seeds | steps | before | after | of each seed | distinct-2 | nats |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for ax, (model, words) in zip(axes[0], arms, strict=True):
+        for name in MODELS[model].methods:
+            found = [run for run in _of(runs, model, words) if run[0]["method"] == name]
             for i, (_, steps, _) in enumerate(found):
                 flops, reward = [step["flops"] for step in steps], smooth([step["reward"] for step in steps])
                 ax.plot(flops, reward, color=COLORS[name], alpha=0.8, linewidth=1.2, label=name if i == 0 else None)
             if not found:
                 continue
             ends = [end for _, _, end in found]
-
-            def mean(of: str, key: str, ends: list[dict] = ends) -> float:
-                return sum(end[of][key] for end in ends) / len(ends)
-
-            row = (block, words, name, len(found), mean("before", "mean"), mean("after", "mean"))
-            table.append(row)
-            each = " ".join(f"{end['after']['mean']:.2f}" for end in ends)
+            before, after = ends[0]["before"], pooled([end["after"] for end in ends])
+            taken = sum(len(steps) for _, steps, _ in found) / len(found)
+            table.append((model, words, name, len(found), before["mean"], after["mean"]))
+            each = ", ".join(f"{end['after']['mean']:.2f}" for end in ends)
             print(
-                f"{block:>6}  {words:>6}  {name:<17} {len(found):>5}  {row[4]:>6.2f}  {row[5]:>6.2f}  {each:<24} ",
-                end="",
+                f"| {MODELS[model].title} | {words or 'none'} | {name} | {len(found)} | {taken:.0f} "
+                f"| {interval(before)} | {interval(after)} | {each} "
+                f"| {after['distinct_2']:.2f} | {before['cross_entropy']:.2f} to {after['cross_entropy']:.2f} |"
             )
-            print(f"{mean('after', 'distinct_2'):>10.2f}  {mean('after', 'cross_entropy'):>5.2f}")
         ax.set(xlabel="floating-point operations (counted)", xlim=(0, None))
-        ax.set_title(f"blocks of {block}, {f'{words}-word prompts' if words else 'no prompts'}", fontsize=10)
+        ax.set_title(f"{MODELS[model].title}, {f'{words}-word prompts' if words else 'no prompts'}", fontsize=10)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("training reward (VADER), mean of the last 5 steps")
     axes[0][-1].legend(loc="lower right", fontsize=8)

@@ -37,7 +37,7 @@ def table(arguments) -> list[tuple]:
 
 def test_methods_take_equal_operations_with_prompts_and_without(arguments, table):
     assert [row[:4] for row in table] == [
-        (1, words, name, 1) for words in (3, 0) for name in ("AnyOrder", "StepMerge, N = 4")
+        ("blocks1", words, name, 1) for words in (3, 0) for name in ("AnyOrder", "StepMerge, N = 4")
     ]
     logs = {path.stem: comparison.read_log(path) for path in arguments.logs.glob("*.jsonl")}
     assert set(logs) == {f"blocks1_words{w}_{m}_seed0" for w in (0, 3) for m in ("any_order", "step_merge")}
@@ -70,9 +70,16 @@ def test_without_operations_or_logs_it_says_what_to_give(tmp_path):
         comparison.main(comparison.make_parser().parse_args(["--draw", "--logs", str(tmp_path)]))
 
 
+def test_the_methods_of_a_masked_diffusion_model_train_on_one(arguments, tmp_path):
+    argv = {"models": ["masked"], "methods": ["PKL-U, 8 at once"], "prompt_words": [3], "logs": tmp_path / "logs"}
+    (row,) = comparison.main(argparse.Namespace(**{**vars(arguments), **argv}))
+    assert row[:4] == ("masked", 3, "PKL-U, 8 at once", 1)
+    assert [path.name for path in argv["logs"].iterdir()] == ["masked_words3_pkl_u_seed0.jsonl"]
+
+
 def test_every_file_that_is_kept_is_a_whole_log():
     for path in sorted((Path(comparison.__file__).parent / "language").glob("*.jsonl")):
         facts, steps, end = comparison.read_log(path)
-        assert comparison.log_path(path.parent, facts) == path and facts["recipe"] in comparison.METHODS.values()
+        assert comparison.log_path(path.parent, facts) == path and facts["method"] in comparison.RECIPES
         assert steps[-1]["flops"] >= facts["flops_budget"] and {"before", "after", "samples"} <= set(end)
         assert json.dumps(facts) == path.open().readline().strip()

@@ -18,6 +18,12 @@ def test_distinct_counts_runs_of_words_over_all_texts():
     assert distinct([], 1) == 0
 
 
+def test_in_groups_it_does_not_depend_on_how_many_texts_there_are():
+    four = ["a b", "c d", "a b", "e f"]
+    assert distinct(four, 2, group=2) == 1.0 > distinct(four, 2) == 3 / 4
+    assert distinct(four, 2, group=3) == (2 / 3 + 1) / 2 and distinct(four, 2, group=4) == 3 / 4
+
+
 def test_the_interval_is_the_normal_one():
     found = mean_interval([0.0, 1.0, 2.0, 3.0])
     half = 1.959964 * math.sqrt(5 / 3 / 4)  # the sample variance is 5/3

@@ -14,8 +14,15 @@ from ..likelihood import Estimator, token_logps
 from ..rollout import Rollout
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """The share of different ones among all runs of `n` words (Li et al. 2016), in lower case; 0 if there are none."""
+def distinct(texts: Sequence[str], n: int, group: int | None = None) -> float:
+    """The share of different ones among all runs of `n` words (Li et al. 2016), in lower case; 0 if there are none.
+
+    The more texts, the more they share: with `group`, the mean over groups of that many texts (the last may be
+    smaller), which can be compared between samples of different sizes.
+    """
+    if group is not None and len(texts) > group:
+        parts = [texts[i : i + group] for i in range(0, len(texts), group)]
+        return sum(distinct(part, n) for part in parts) / len(parts)
     runs = []
     for text in texts:
         words = text.lower().split()

@@ -25,8 +25,8 @@ from trl_dllm.command import Parser, count, run_script
 from trl_dllm.evaluation import complete
 from trl_dllm.generation import saved_decoding_config
 from trl_dllm.identity import model_identity
-from trl_dllm.likelihood import AnyOrder
 from trl_dllm.noise import Purpose, hash64
+from trl_dllm.reports.likelihood import exact_estimator
 from trl_dllm.reports.plots import plot_language
 from trl_dllm.reports.samples import cross_entropy, distinct, mean_interval
 from trl_dllm.rollout import Rollout
@@ -37,8 +37,9 @@ from trl_dllm.tasks import get_task
 from trl_dllm.tasks.reviews import FILE, compound
 
 
-HELD_OUT = 64  # prompts, of which none begins a training text
-SHARES = {"sft": 0.55, "grpo": 0.25}  # of the budget; fetching, converting, loading and two evaluations have the rest
+HELD_OUT = 256  # prompts, of which none begins a training text
+SHARES = {"sft": 0.4, "grpo": 0.4}  # of the budget; fetching, converting, loading and two evaluations have the rest
+GROUP = 64  # completions whose words are compared: distinct-n depends on how many there are
 SHOWN = 10  # samples
 
 
@@ -124,8 +125,8 @@ def train(
 
 
 def load(folder: Path):
-    """A model in evaluation mode, on the GPU if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    """A model in evaluation mode, in the type that it was trained to multiply in, on the GPU if there is one."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -133,8 +134,9 @@ def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_
     """What a model writes behind held-out prompts: one completion each, one token a step, decoded as it was trained.
 
     Kept in `output`: `samples.jsonl`, and `summary.json` with VADER's score and its 95 % interval over the prompts,
-    distinct-1 and distinct-2, tokens and the share that ended, and `cross_entropy`, nats a token under the model of
-    `judge`. If they are there and are those of the same models and rows, nothing is run.
+    distinct-1 and distinct-2 of 64 completions, tokens and the share that ended, and `cross_entropy`, nats a token
+    under the model of `judge`, by the exact likelihood in the order that they were drawn in. If they are there and
+    are those of the same models and rows, nothing is run.
     """
     prompts = list(rows["prompt"])
     saved, _ = saved_decoding_config([str(folder)], {"temperature": 1.0})
@@ -152,17 +154,17 @@ def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_
         text, part = complete(model, tokenizer, prompts[i : i + batch_size], config, seeds[i : i + batch_size])
         texts, parts = texts + text, [*parts, part]
     del model
-    reference, total, tokens = load(judge), 0.0, 0
+    reference, exact, total, tokens = load(judge), exact_estimator(config.decoding), 0.0, 0
     for part in parts:  # of prompts of different widths, so each by itself
         counted = int(part.counted.sum())
-        total, tokens = total + counted * cross_entropy(reference, part, AnyOrder()), tokens + counted
+        total, tokens = total + counted * cross_entropy(reference, part, exact), tokens + counted
     scores = [compound(text) for text in texts]
     ended = sum(int((part.completion_ids == tokenizer.eos_token_id).any(dim=1).sum()) for part in parts)
     summary = {
         **mean_interval(scores),
         "n": len(prompts),
-        "distinct_1": distinct(texts, 1),
-        "distinct_2": distinct(texts, 2),
+        "distinct_1": distinct(texts, 1, GROUP),
+        "distinct_2": distinct(texts, 2, GROUP),
         "tokens": tokens / len(prompts),
         "ended": ended / len(prompts),
         "cross_entropy": total / max(1, tokens),

@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..models.adapters import resume_adapters
 from .checkpoint import find_checkpoint, load_process_states, make_way, save_process_state
+from .coarse import WarnOfLostSteps
 from .data import check_steps
 from .finite import check_gradient
 from .records import RecordingTrainer
@@ -41,6 +42,7 @@ class DiffusionTrainer(RecordingTrainer):
         self.finished_epochs = 0  # before the first step of this process
         self.rows_of_step: list[tuple[Tensor, Tensor]] = []  # ids and masks of the optimizer step's micro-batches
         super().__init__(*args, **kwargs)
+        self.add_callback(WarnOfLostSteps(self))
 
     def _build_accelerator_args(self, **kwargs):
         # `torch_compile`: rows, widths and canvases change from call to call. Without this each new size would be a

@@ -1,0 +1,63 @@
+"""Half-precision weights that a learning rate cannot move: counted as AdamW moves them, and warned of."""
+
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+
+from trl_dllm import DiffusionSFTConfig, DiffusionSFTTrainer
+from trl_dllm.models import create_tiny_model
+from trl_dllm.trainer.coarse import lost_share
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate"),
+    [(torch.bfloat16, 1e-4), (torch.bfloat16, 1e-5), (torch.float16, 1e-5), (torch.float16, 2e-6)],
+)
+def test_the_share_is_that_of_weights_which_a_step_leaves_where_they_are(dtype, learning_rate):
+    weights = (torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 0.05).to(dtype)
+    stay = [(weights + step == weights) for step in (learning_rate, -learning_rate)]
+    up, down = (each.float().mean() for each in stay)  # at a power of two the neighbour below is half as far away
+    assert lost_share([weights], learning_rate) == pytest.approx(float(up), abs=2e-3)
+    assert lost_share([weights], learning_rate) == pytest.approx(float(down), abs=2e-2)
+    assert 0.05 < float(up) < 0.999, "neither all nor none"
+
+
+def test_tensors_count_by_their_size():
+    still, moved = torch.full((300,), 1.0, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.bfloat16)
+    assert lost_share([still, moved], 1e-4) == 0.75
+    assert lost_share([], 1e-4) == lost_share([torch.zeros(0)], 1e-4) == 0.0
+    assert lost_share([torch.full((300,), 1.0)], 1e-4) == 0.0, "float32 moves"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "learning_rate", "optim", "warned"),
+    [
+        (torch.bfloat16, 1e-6, "adamw_torch", True),
+        (torch.bfloat16, 1e-1, "adamw_torch", False),
+        (torch.float32, 1e-6, "adamw_torch", False),
+        (torch.bfloat16, 1e-6, "sgd", False),
+    ],
+)
+def test_a_run_that_would_change_nothing_warns(tmp_path, dtype, learning_rate, optim, warned):
+    model, tokenizer = create_tiny_model(hidden_size=16, num_layers=1)
+    rows = Dataset.from_dict({"prompt": ["copy:"] * 2, "completion": ["abc"] * 2})
+    args = DiffusionSFTConfig(
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=learning_rate,
+        optim=optim,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+    )
+    trainer = DiffusionSFTTrainer(model.to(dtype), args, train_dataset=rows, processing_class=tokenizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    found = [str(each.message) for each in caught if "rounds to nothing" in str(each.message)]
+    assert len(found) == warned
+    if warned:
+        assert found[0].startswith("learning_rate=1e-06: ") and "dtype: float32" in found[0]
