@@ -1,7 +1,8 @@
 """What `mkdocs build` does beyond mkdocs.yml: the same pages serve GitHub and the site.
 
 - A link that leaves docs/, such as `../recipes/x.yaml`, leads to a copy of that file which is a page of the site; so
-  does one to a file that is no page, such as `examples/engine_server.py`, and one to a folder.
+  does one to a file that is no page, such as `examples/engine_server.py`, and one to a folder. The navigation may name
+  such files too, by their path in the repository.
 - Formulas (```` ```math ````) become MathML, which browsers draw themselves.
 """
 
@@ -20,20 +21,34 @@ LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)#\s]+)([^)]*\))")
 SHOWN = {".md", ".png", ".svg"}  # what the site shows as it is, if it stands in docs/
 
 _origin: dict[str, str] = {}  # page of the site -> its file, from the root of the repository
+_named: list[str] = []  # files that the navigation names
 
 
 def on_config(config):
     fences = config.mdx_configs.setdefault("pymdownx.superfences", {})
     fences["custom_fences"] = [{"name": "math", "class": "math", "format": _formula}]
+    _named.clear()
+    config.nav = _outside_too(config.nav)
     return config
+
+
+def _outside_too(nav):
+    """The navigation with the place in the site of pages that are not in docs/."""
+    if isinstance(nav, list):
+        return [_outside_too(entry) for entry in nav]
+    if isinstance(nav, dict):
+        return {title: _outside_too(entry) for title, entry in nav.items()}
+    if (ROOT / "docs" / nav).exists() or not (ROOT / nav).exists():
+        return nav
+    _named.append(nav)
+    return _page(nav)
 
 
 def on_files(files: Files, config) -> Files:
     _origin.clear()
     waiting = [file.src_uri for file in files.documentation_pages()]
     _origin.update({uri: f"docs/{uri}" for uri in waiting})
-    named = re.findall(rf"{FOLDER}/(\S+\.md)", (ROOT / "mkdocs.yml").read_text())  # pages of the navigation
-    targets = [name for name in named if (ROOT / name).is_file()]
+    targets = list(_named)
     while waiting or targets:
         for target in targets:
             uri = _page(target)

@@ -1,4 +1,4 @@
-"""Every number of a published recipe has a reason: beside it, in its head, or in that of the recipe it refers to."""
+"""Every number of a paper's recipe has a reason: beside it, in its head, or in that of the recipe it refers to."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import yaml
 from trl_dllm.recipe import RECIPES, find_recipe, recipe_paths
 
 
-PUBLISHED = [name for name in recipe_paths() if not name.startswith("tiny_")]
+PUBLISHED = [name for name in recipe_paths() if not name.startswith(("tiny_", "smollm2/"))]  # which are ours
 # How often a run saves, logs and evaluates, how long it lasts, how its batch is split and how data is cut: heads speak
 # of batches, and a reader changes the rest.
 RHYTHM = {
