@@ -46,7 +46,7 @@ with torch.no_grad():
 
 trainer = DiffusionGRPOTrainer(
     model,
-    reward_funcs=lambda completions, **kwargs: [float(text.count("a")) for text in completions],
+    reward_funcs=lambda completions, **kwargs: [len(set(text)) / 16 for text in completions],
     args=DiffusionGRPOConfig(
         "runs/examples/own_estimator",
         max_completion_length=16,
@@ -54,6 +54,7 @@ trainer = DiffusionGRPOTrainer(
         diffusion_steps=16,
         num_generations=8,
         per_device_train_batch_size=16,
+        learning_rate=1e-3,
         max_steps=2,
         logging_steps=1,
         use_cpu=True,

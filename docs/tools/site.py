@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = "source"  # where the copies stand in the site
 LINK = re.compile(r"(\]\()(?![a-z]+:|#|/)([^)#\s]+)([^)]*\))")
 SHOWN = {".md", ".png", ".svg"}  # what the site shows as it is, if it stands in docs/
+WIDE = {"metrics.md", "recipes.md", "settings.md", "trl_options.md"}  # whose tables take the place of the contents
 
 _origin: dict[str, str] = {}  # page of the site -> its file, from the root of the repository
 _named: list[str] = []  # files that the navigation names
@@ -62,6 +63,8 @@ def on_files(files: Files, config) -> Files:
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     here = page.file.src_uri
+    if here in WIDE:
+        page.meta["hide"] = ["toc"]
 
     def lead(link: re.Match) -> str:
         uri = _page(_resolve(here, link[2]))
