@@ -210,7 +210,7 @@ class ModelArguments(ModelConfig):
                 )
             if getattr(self, name) and find_spec("bitsandbytes") is None:
                 raise ValueError(
-                    f"{name}=True needs bitsandbytes, which is not installed: pip install 'trl-dllm[quantization]', or "
+                    f"{name}=True needs bitsandbytes, which is not installed: pip install bitsandbytes, or "
                     f"say {name}: false and use_bnb_nested_quant: false."
                 )
         super().__post_init__()
