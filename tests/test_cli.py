@@ -142,7 +142,7 @@ def test_quantised_weights_ask_for_bitsandbytes_by_name(monkeypatch):
     """An installation without the extra, where the dry run of a 4-bit recipe ended in a NameError."""
     monkeypatch.setattr("trl_dllm.scripts.common.find_spec", lambda name: None)
     recipe = ["--config", "llada_8b/grpo/gsm8k_step_merge", "--dry_run", "true"]
-    with pytest.raises(SystemExit, match="load_in_4bit=True needs bitsandbytes, .*: pip install bitsandbytes"):
+    with pytest.raises(SystemExit, match=r"load_in_4bit=True needs bitsandbytes, .*: pip install bitsandbytes"):
         cli.main(["grpo", *recipe])
 
 
