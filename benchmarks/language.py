@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
 
 from trl_dllm.command import count
+from trl_dllm.reports.plots import label_ends, pyplot, trailing_mean
 from trl_dllm.scripts import grpo, sft
 from trl_dllm.scripts.language import examine, prepare, train
 from trl_dllm.tasks import get_task
@@ -172,11 +174,6 @@ def _measures(summary: dict) -> dict:
     return {key: value for key, value in summary.items() if key != "of"}
 
 
-def smooth(values: list[float], window: int = 5) -> list[float]:
-    parts = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
-
-
 def pooled(measures: list[dict]) -> dict:
     """Means over seeds; the interval is that of the completions of all of them."""
     mean = {key: sum(each[key] for each in measures) / len(measures) for key in measures[0]}
@@ -197,46 +194,52 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
 
     Returns the table's rows: model, prompt words, method, seeds, and mean held-out score before and after.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     runs = [read_log(path) for path in sorted(logs.glob("*.jsonl"))]
     if not runs:
         raise ValueError(f"{logs} holds no log. Train first: python benchmarks/language.py --flops 6e13")
     arms = [(model, words) for model in MODELS for words in (3, 0) if _of(runs, model, words)]
-    figure, axes = plt.subplots(1, len(arms), figsize=(5.2 * len(arms), 4), dpi=130, squeeze=False, sharey=True)
+    size = (6.4 * len(arms), 4)
+    figure, axes = pyplot().subplots(1, len(arms), figsize=size, dpi=130, squeeze=False, sharey=True)
     table = []
     print("| model | prompts | method | seeds | steps | before | after | of each seed | distinct-2 | nats |")
     print("|---|---|---|---|---|---|---|---|---|---|")
+    panels = []
     for ax, (model, words) in zip(axes[0], arms, strict=True):
+        ends = []
         for name in MODELS[model].methods:
             found = [run for run in _of(runs, model, words) if run[0]["method"] == name]
-            for i, (_, steps, _) in enumerate(found):
-                flops, reward = [step["flops"] for step in steps], smooth([step["reward"] for step in steps])
-                ax.plot(flops, reward, color=COLORS[name], alpha=0.8, linewidth=1.2, label=name if i == 0 else None)
             if not found:
                 continue
-            ends = [end for _, _, end in found]
-            before, after = ends[0]["before"], pooled([end["after"] for end in ends])
+            lines = []
+            for _, steps, _ in found:
+                flops, reward = (np.array([step[key] for step in steps]) for key in ("flops", "reward"))
+                lines.append((flops / 1e12, trailing_mean(reward, 5)))
+                ax.plot(*lines[-1], color=COLORS[name], alpha=0.35, linewidth=1)
+            grid = np.linspace(max(x[0] for x, _ in lines), min(x[-1] for x, _ in lines))
+            mean = np.mean([np.interp(grid, *line) for line in lines], axis=0)
+            ax.plot(grid, mean, color=COLORS[name], linewidth=2)
+            ends.append((grid[-1], mean[-1], name.removeprefix("masked "), COLORS[name]))
+            before, after = found[0][2]["before"], pooled([end["after"] for _, _, end in found])
             taken = sum(len(steps) for _, steps, _ in found) / len(found)
             table.append((model, words, name, len(found), before["mean"], after["mean"]))
-            each = ", ".join(f"{end['after']['mean']:.2f}" for end in ends)
+            each = ", ".join(f"{end['after']['mean']:.2f}" for _, _, end in found)
             print(
                 f"| {MODELS[model].title} | {words or 'none'} | {name} | {len(found)} | {taken:.0f} "
                 f"| {interval(before)} | {interval(after)} | {each} "
                 f"| {after['distinct_2']:.2f} | {before['cross_entropy']:.2f} to {after['cross_entropy']:.2f} |"
             )
-        ax.set(xlabel="floating-point operations (counted)", xlim=(0, None))
+        ax.set(xlabel="TFLOPs (counted)", xlim=(0, None))
         ax.set_title(f"{MODELS[model].title}, {f'{words}-word prompts' if words else 'no prompts'}", fontsize=10)
         ax.grid(alpha=0.3)
+        panels.append((ax, ends))
     axes[0][0].set_ylabel("training reward (VADER), mean of the last 5 steps")
-    axes[0][-1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
+    figure.subplots_adjust(wspace=0.4, right=0.86)
+    for ax, ends in panels:
+        label_ends(ax, ends)
     figure_path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(figure_path)
-    plt.close(figure)
+    pyplot().close(figure)
     return table
 
 

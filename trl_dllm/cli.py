@@ -22,8 +22,10 @@ TRAINS = ("sft", "grpo", "dpo")  # take a recipe, and may be launched on several
 
 def run(command: str, argv: list[str]) -> None:
     """Run the script of a command, in this process or on several. What goes wrong ends it with one line."""
-    prog, name = f"trl-dllm {command}", command.replace("-", "_")
     rest, debug = take_debug(argv)
+    prog, name = f"trl-dllm {command}", command.replace("-", "_")
+    if [command, *rest[:1]] == ["report", "curves"]:
+        prog, name, argv = f"{prog} curves", "curves", [*rest[1:], *["--debug"] * debug]
     with one_line(prog, debug):
         module = import_module(f"trl_dllm.scripts.{name}")
         if command in TRAINS:

@@ -35,6 +35,7 @@ SHRUNK = {
     "eval": "--num_examples 8",
     "generate": "",
     "report": "--num_examples 4 --batch_size 4",
+    "report curves": "--against steps",
     "merge": "",
     "recipe": "",
 }
@@ -109,10 +110,14 @@ def not_run(words: list[str]) -> str | None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where a page's commands run: the recipes, and the stored outputs that docs/parsers.md scores."""
+    """Where commands run: the recipes, the outputs that docs/parsers.md scores, the logs that docs/runs.md draws."""
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     row = {"question": "1 + 1?", "generations": r"<answer>\boxed{2}</answer>", "ground_truth": 2}
     (tmp_path / "gsm8k_256.jsonl").write_text(json.dumps(row) + "\n")
+    for run in ("step_merge/seed-0", "step_merge/seed-1", "pkl"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        log = [{"step": step, "reward": 0.1 * step} for step in (1, 2)]
+        (tmp_path / "runs" / run / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -156,8 +161,9 @@ def test_shell_blocks_run(page, folder, write):
                 assert words[1] in files(page.read_text()), f"{name(page)}: nothing here runs {words}"
                 runpy.run_path(words[1], run_name="__main__")
             else:
-                assert words[0] == "trl-dllm" and words[1] in SHRUNK, f"{name(page)}: nothing here runs {words}"
-                cli.main([*words[1:], *([] if "--dry_run" in words else SHRUNK[words[1]].split())])
+                command = " ".join(words[1:3]) if words[1:3] == ["report", "curves"] else words[1]
+                assert words[0] == "trl-dllm" and command in SHRUNK, f"{name(page)}: nothing here runs {words}"
+                cli.main([*words[1:], *([] if "--dry_run" in words else SHRUNK[command].split())])
 
 
 def test_every_block_is_code_that_runs_or_no_code():

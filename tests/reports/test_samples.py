@@ -8,7 +8,7 @@ from oracles import sharp_model
 
 from trl_dllm.generation import DiffusionGenerationConfig, generate
 from trl_dllm.likelihood import AnyOrder
-from trl_dllm.reports.samples import cross_entropy, distinct, mean_interval
+from trl_dllm.reports.samples import cross_entropy, distinct, mean_interval, t_quantile
 
 
 def test_distinct_counts_runs_of_words_over_all_texts():
@@ -46,3 +46,16 @@ def test_cross_entropy_under_the_sampler_itself_is_what_it_drew_with_and_under_a
     assert cross_entropy(model, rollout, AnyOrder()) == pytest.approx(float(drawn), abs=1e-5)
     assert cross_entropy(model, rollout, AnyOrder(), batch_size=2) == pytest.approx(float(drawn), abs=1e-5)
     assert cross_entropy(other, rollout, AnyOrder()) > float(drawn) + 0.1
+
+
+@pytest.mark.parametrize(
+    ("df", "value"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_students_t_is_the_tables(df, value):
+    """Of any table of the 97.5 % points."""
+    assert t_quantile(df) == pytest.approx(value, abs=5e-5)
+
+
+def test_one_value_has_no_t_interval():
+    with pytest.raises(ValueError, match="df=0 must be at least 1"):
+        t_quantile(0)

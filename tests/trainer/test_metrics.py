@@ -6,7 +6,14 @@ import pytest
 import torch
 from helpers_grpo import as_rollout, build
 
-from trl_dllm.trainer.metrics import record_correction, record_flops, record_generation, record_kl, record_mismatch
+from trl_dllm.trainer.metrics import (
+    order_bars,
+    record_correction,
+    record_flops,
+    record_generation,
+    record_kl,
+    record_mismatch,
+)
 
 
 @pytest.fixture
@@ -35,6 +42,38 @@ def test_the_samplers_speed_and_the_totals(trainer, mode):
     assert entries["flops"] == [float(trainer.flops.counted)] and entries["flops_paper"] == [
         float(trainer.flops.paper)
     ]
+
+
+def test_the_table_of_completions_says_how_each_was_decoded(tmp_path, capsys):
+    """In the terminal and in the file, a row for each completion of the step."""
+    import pandas
+
+    trainer = build(tmp_path, max_steps=1, log_completions=True, logging_steps=1)
+    trainer.train()
+    (file,) = (tmp_path / "completions").glob("*.parquet")
+    table = pandas.read_parquet(file)
+    rollouts = [as_rollout(trainer, batch) for batch in trainer._buffered_inputs]  # shuffled meanwhile
+    facts = [(r.num_steps.tolist(), r.unmask_step, r.counted) for r in rollouts]
+    rows = [row for each in facts for row in zip(*each, strict=True)]
+    expected = sorted((number, order_bars(steps[counted].tolist())) for number, steps, counted in rows)
+    assert sorted(zip(table["decoding_steps"], table["unmask_order"], strict=True)) == expected
+    assert len({number for number, _ in expected}) > 1 and len({bars for _, bars in expected}) > 4
+    printed = capsys.readouterr().out
+    assert "unmask_o" in printed and "decoding" in printed and any(bar in printed for bar in "▃▄▅▆")
+
+
+@pytest.mark.parametrize(
+    ("steps", "bars"),
+    [
+        ([0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"),
+        ([3, 0, 1, 2], "█▁▃▆"),
+        ([0], "▁"),
+        ([], ""),
+        ([0, 0, 2, 2, 4, 4, 6, 8], "▁▃▅▇"),  # of two neighbours each, in four bars
+    ],
+)
+def test_bars_show_the_order_of_unmasking(steps, bars):
+    assert order_bars(steps, width=4 if len(bars) == 4 else 32) == bars
 
 
 def test_the_full_kl_is_a_mean_over_counted_tokens_and_replaces_trls(trainer):

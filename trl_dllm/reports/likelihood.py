@@ -256,34 +256,42 @@ def save_report(lines: list[LikelihoodLine], settings: dict, folder: str | Path)
     folder.mkdir(parents=True, exist_ok=True)
     data = {**settings, "estimators": [asdict(line) for line in lines]}
     (folder / "likelihood.json").write_text(json.dumps(data, indent=2) + "\n")
-    return folder / "likelihood.json", plot_report(lines, folder / "likelihood.png")
+    title = (
+        f"Likelihood estimates of {settings['model']} on {settings.get('task') or settings.get('rollouts')}, "
+        f"{settings['n']} completions\npoints: mean; bars: 95 % interval over completions"
+    )
+    return folder / "likelihood.json", plot_report(lines, folder / "likelihood.png", title)
 
 
-def plot_report(lines: list[LikelihoodLine], path: str | Path) -> Path:
-    """Draw the KL of each estimator, and what it costs, as a PNG."""
-    import matplotlib
+def plot_report(lines: list[LikelihoodLine], path: str | Path, title: str = "") -> Path:
+    """Draw the KL of each estimator, and what it costs, as a PNG; with 95 % intervals over the completions."""
+    from .plots import COLORS, label_points, pyplot
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.35 * len(lines) + 1.5), dpi=150)
-    names = [line.name for line in lines]
-    left.barh(names, [line.kl for line in lines], xerr=[line.kl_error for line in lines], color="tab:blue")
-    left.set(xlabel="KL(exact ‖ estimate), nats a token")
+    size = (11, 0.35 * len(lines) + 2)
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, dpi=150, layout="constrained")
+    names, cost, kl = zip(*((line.name, line.flops / 1e9, line.kl) for line in lines), strict=True)
+    error = [1.96 * line.kl_error for line in lines]
+    style = {"fmt": "o", "color": COLORS[0], "markersize": 4, "capsize": 2.5, "elinewidth": 1}
+    left.errorbar(kl, range(len(lines)), xerr=error, **style)
+    left.set(xlabel="KL(exact ‖ estimate), nats a token", xlim=(min(0, *kl) - 0.02 * max(kl), None))
+    left.set_yticks(range(len(lines)), names)
     left.invert_yaxis()
-    cost = [line.flops / 1e9 for line in lines]
-    right.scatter(cost, [line.kl for line in lines], color="tab:blue", s=14)
-    for x, line in zip(cost, lines, strict=True):
-        right.annotate(line.name, (x, line.kl), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    right.set(xscale="log", xlabel="GFLOPs a row (counted)", ylabel="KL, nats a token")
+    right.errorbar(cost, kl, yerr=error, **style)
+    right.set(xscale="log", xlabel="GFLOPs a completion (counted)", ylabel="KL, nats a token")
     right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     right.xaxis.set_major_formatter("{x:g}")
     right.xaxis.set_minor_locator(NullLocator())
-    right.margins(x=0.25)
+    right.margins(x=0.25, y=0.08)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.suptitle(title, fontsize=10)
+    bars = [
+        (x, y + part * e) for x, y, e in zip(cost, kl, error, strict=True) for part in (-1, -0.75, -0.5, 0.5, 0.75, 1)
+    ]
+    label_points(right, list(zip(cost, kl, names, strict=True)), bars)
     figure.savefig(path)
     plt.close(figure)
     return Path(path)

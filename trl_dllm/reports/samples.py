@@ -44,6 +44,32 @@ def mean_interval(values: Sequence[float], z: float = 1.959964) -> dict[str, flo
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def t_quantile(df: int, coverage: float = 0.95) -> float:
+    """How many standard errors the central interval of Student's t with `df` degrees of freedom reaches to each side.
+
+    Raises:
+        ValueError: no degree of freedom.
+    """
+    if df < 1:
+        raise ValueError(f"df={df} must be at least 1: an interval needs two values.")
+
+    def covered(t: float) -> float:  # P(|T| < t), a finite sum for whole df (Abramowitz and Stegun 26.7.3, 26.7.4)
+        angle = math.atan(t / math.sqrt(df))
+        cosine, term, total = math.cos(angle), 1.0, 1.0
+        for k in range(2 + df % 2, df - 1, 2):
+            term *= (k - 1) / k * cosine**2
+            total += term
+        if df % 2 == 0:
+            return math.sin(angle) * total
+        return 2 / math.pi * (angle + (math.sin(angle) * cosine * total if df > 1 else 0.0))
+
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if covered(middle) < coverage else (low, middle)
+    return low
+
+
 @torch.no_grad()
 def cross_entropy(model: nn.Module, rollout: Rollout, estimator: Estimator, batch_size: int | None = None) -> float:
     """Mean negative log-prob a counted token, in nats, that `model` gives to what another one drew.

@@ -131,6 +131,8 @@ class TaskArguments(ScriptArguments):
         dry_run (`bool`): load no weights; run a step on fake tensors, print its batches, FLOPs and memory, and stop.
         puzzle_seed (`int`, *optional*): seed of generated data; `None` takes the run's.
         start_over (`bool`): begin anew in an output_dir that holds another run, whose files are moved aside.
+        print_all_metrics (`bool`): print every metric of a log in the terminal, as transformers does, and not the five
+            that matter most. The log and `report_to` have all of them either way.
     """
 
     task: str | None = field(
@@ -153,6 +155,9 @@ class TaskArguments(ScriptArguments):
     start_over: bool = field(
         default=False,
         metadata={"help": "Begin anew in an output_dir that holds a run: its files are moved to a folder in it."},
+    )
+    print_all_metrics: bool = field(
+        default=False, metadata={"help": "Print every metric of a log in the terminal, and not only the main five."}
     )
 
     def __post_init__(self):
@@ -247,8 +252,12 @@ def last_checkpoint(training_args) -> str | None:
 
 
 def train_and_save(trainer, script_args) -> None:
-    """Train (from the last checkpoint if the recipe says so), save, and push where asked."""
+    """Train (from the last checkpoint if the recipe says so), save, push where asked, and sum up."""
+    from trl_dllm.scripts.terminal import print_summary, shorten_log
+
     args = trainer.args
+    if not script_args.print_all_metrics:
+        shorten_log(trainer)
     checkpoint = last_checkpoint(args)
     if checkpoint and nothing_left(args, checkpoint):
         say(f"All steps are taken: the model is saved from {checkpoint}.")
@@ -262,6 +271,7 @@ def train_and_save(trainer, script_args) -> None:
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name or script_args.task)
     trainer.end()
+    print_summary(trainer, script_args)
 
 
 def model_init_kwargs(training_args, model_args) -> dict:

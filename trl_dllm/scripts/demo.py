@@ -89,8 +89,14 @@ def main(args: argparse.Namespace) -> dict:
     headline("5/5  held-out puzzles after RL")
     after = solve_rate("grpo", "after")
 
-    title = f"4x4 Sudoku, d2-StepMerge (seed {seed})"
-    figure = plot_reward(trainer.state.log_history, folder / "reward_vs_flops.png", title)
+    title = (
+        f"4x4 Sudoku, tiny LLaDA, GRPO with d2-StepMerge, seed {seed}\n{HELD_OUT:,} held-out puzzles, 95 % intervals"
+    )
+    held_out = [
+        {**row, "value": row["solve_rate"], "name": f"held out, {name} RL: {row['solve_rate']:.1%}"}
+        for name, row in (("before", before), ("after", after))
+    ]
+    figure = plot_reward(trainer.state.log_history, folder / "reward_vs_flops.png", title, held_out=held_out)
     keep = ("solve_rate", "low", "high", "n")
     summary = {
         "before": {key: before[key] for key in keep},

@@ -16,7 +16,8 @@ from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, find_t
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = Parser(prog=prog, description=__doc__.splitlines()[0], parents=[generation_parser()])
+    other = "`trl-dllm report curves RUN …` draws what training runs have learned: report curves --help says more."
+    parser = Parser(prog=prog, description=__doc__.splitlines()[0], epilog=other, parents=[generation_parser()])
     parser.add_argument("--rollouts", help="File of JSON lines with trajectories to score, instead of drawing some.")
     parser.add_argument("--task", help="Whose prompts are completed: a name, or my_module.TASK.")
     parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")

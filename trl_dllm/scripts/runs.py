@@ -127,7 +127,7 @@ def _move_aside(args, model: str) -> None:
         )
     if folder.resolve() == Path(model).resolve():
         raise ValueError(f"start_over=True: output_dir={str(folder)!r} is the model to start from; choose another.")
-    left: tuple[str, ...] = ("trainer_state.json", "training_args.bin", "README.md")
+    left: tuple[str, ...] = ("trainer_state.json", "training_args.bin", "README.md", "curves.png")
     left += (FINGERPRINT, ROLLOUTS)
     found = [*folder.glob("checkpoint-*"), *model_files(folder), *(folder / name for name in left)]
     found = [path for path in found if path.exists()]

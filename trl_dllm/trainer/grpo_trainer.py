@@ -54,7 +54,7 @@ from .loss import (
     wd1_advantages,
     with_sequence_ratio,
 )
-from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch
+from .metrics import record_entropy, record_flops, record_generation, record_kl, record_mismatch, record_order
 from .model_card import complete_card
 from .old_and_reference import add_logps
 from .profile import Profile
@@ -273,6 +273,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
         return outputs
 
     def _calculate_rewards(self, *args, **kwargs):
+        record_order(self, self._rollout)
         self._rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rewards
 

@@ -96,6 +96,7 @@ MACHINE = _names(
     "log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica disable_tqdm",
     "report_to trackio_space_id trackio_bucket_id trackio_static_space_id log_completions log_multimodal",
     "num_completions_to_print log_unique_prompts log_completions_hub_repo debug skip_memory_metrics save_rollouts",
+    "print_all_metrics",
     # evaluation
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps",
     "include_for_metrics batch_eval_metrics",

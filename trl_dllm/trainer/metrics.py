@@ -1,6 +1,7 @@
 """What GRPO logs beside TRL's metrics. Each function adds its entries to the trainer's, gathered over processes."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +24,29 @@ def record_generation(trainer, rollout: Rollout, skipped: Tensor) -> None:
     metrics["sampling/tokens_per_forward"].append(gather(decoded).mean().item())
     metrics["sampling/steps"].append(gather(rollout.num_steps.float().mean()).mean().item())
     metrics["frac_rows_skipped"].append(gather(skipped.float()).mean().item())
+
+
+def record_order(trainer, rollout: Rollout) -> None:
+    """How each completion was decoded, for TRL's table of them: `decoding_steps` and `unmask_order` (`order_bars`)."""
+    if not trainer.log_completions:
+        return
+    bars = [
+        order_bars(steps[counted].tolist())
+        for steps, counted in zip(rollout.unmask_step.cpu(), rollout.counted.cpu(), strict=True)
+    ]
+    trainer._log_completion_extra("decoding_steps", rollout.num_steps.tolist())
+    trainer._log_completion_extra("unmask_order", bars)
+
+
+def order_bars(steps: list[int], width: int = 32) -> str:
+    """The step at which each token of a completion was revealed, as bars: ▁ first, █ last; left to right is ▁▂▃▄▅▆▇█.
+
+    Of a completion with more than `width` tokens each bar is the mean of some neighbours.
+    """
+    bars, last, taken = "▁▂▃▄▅▆▇█", max([1, *steps]), min(len(steps), width)
+    cuts = [len(steps) * i // taken for i in range(taken + 1)] if taken else []
+    means = [sum(steps[low:high]) / (high - low) for low, high in pairwise(cuts)]
+    return "".join(bars[int(mean / last * (len(bars) - 1) + 0.5)] for mean in means)
 
 
 def record_flops(trainer) -> None:
