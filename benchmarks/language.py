@@ -54,7 +54,7 @@ RECIPES = {  # of the methods
     "PKL-U, 8 at once": "reviews_masked_pkl_u",
 }
 D2, PADRE = tuple(RECIPES)[:4], tuple(RECIPES)[4:]
-OF_BLOCKS = ("--block_length", "8", "--learning_rate", "1e-4", "--beta", "0.1")
+OF_BLOCKS = ("--block_length", "8", "--learning_rate", "1e-4")
 MODELS = {
     "blocks1": Model("any-order, blocks of 1", "smollm2/sft/reviews", 100, D2),
     "blocks8": Model("any-order, blocks of 8", "smollm2/sft/reviews_blocks", 1500, D2, OF_BLOCKS),

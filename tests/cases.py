@@ -20,6 +20,7 @@ from trl_dllm.likelihood import (
     MeanField,
     PseudoLikelihood,
     SampledTrajectory,
+    SandwichedBounds,
     StepMerge,
     TokenScores,
     TrajectoryPseudoLikelihood,
@@ -66,7 +67,12 @@ PKL_UNSHIFTED = {  # refused for families with shifted logits
     "pkl_u isolated": BlockPseudoLikelihood(3, 2, "isolated"),
     "pkl_u isolated partition": BlockPseudoLikelihood(4, "partition", "isolated"),
 }
-ELBO = {"elbo": Elbo(3), "elbo stratified": Elbo(3, stratified=True), "coupled_elbo": CoupledElbo(4)}
+ELBO = {
+    "elbo": Elbo(3),
+    "elbo stratified": Elbo(3, stratified=True),
+    "coupled_elbo": CoupledElbo(4),
+    "spg": SandwichedBounds(3, block_length=4, p_mask_clean=0.2),
+}
 
 
 def rollout_for_tests(seed: int = 0, **kwargs) -> Rollout:

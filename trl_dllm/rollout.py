@@ -28,6 +28,8 @@ class Rollout:
         support (`Tensor` of shape (B, L, K), int32, *optional*): where the draw was truncated (top-k, top-p, min-p),
             the tokens that could be drawn at each revealed position, -1 for none; every policy is scored among them.
             None: all tokens.
+        advantages (`Tensor` of shape (B,) or (B, L), *optional*): of the rows, where a loss is computed; an estimator
+            may read their sign (`Estimator.signed`).
         mask_token_id (`int`): id of the mask token.
         temperature (`float`): sampling temperature; log-probs of a greedy rollout (0) are taken at 1.
         steps (`int`, *optional*): T of the schedule that drew every row, also those that stopped at their EOS. None:
@@ -52,6 +54,7 @@ class Rollout:
     num_forwards: int = 0
     flops: int = 0
     support: Tensor | None = None
+    advantages: Tensor | None = None
     steps: int | None = None
     blocks: Blocks | None = None
 

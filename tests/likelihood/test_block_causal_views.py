@@ -149,7 +149,7 @@ def test_what_masks_a_canvas_masks_each_block_behind_clean_ones(model_of, alignm
             model, rollout, lambda row, i, m=masked: not m[row, i], lambda row, i, m=masked: bool(m[row, i])
         )
         want += weight * logps
-    want = estimator.assemble(want, rollout.counted)
+    want = estimator.assemble(want, rollout, rollout.view_seed, 0)
     torch.testing.assert_close(token_logps(model, rollout, estimator).logps, want, atol=1e-5, rtol=0)
 
 

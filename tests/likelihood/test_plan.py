@@ -51,8 +51,10 @@ def everything(model, estimator, rollout, p_mask_prompt=0.0) -> TokenScores:
     spec = MaskedDiffusionSpec.from_model(model)
     rollout = Plan(estimator, rollout, 2, len(rollout), p_mask_prompt).rollout
     views = [counted_view(estimator, rollout, n, rollout.view_seed, 2) for n in range(estimator.num_views(rollout))]
-    scores = TokenScores.sum(score_view(model, view, CANVAS, spec, 0.7) for view in views)
-    return replace(scores, logps=estimator.assemble(scores.logps, rollout.counted))
+    parts = [score_view(model, view, CANVAS, spec, 0.7) for view in views]
+    scores = TokenScores.sum(parts)
+    logps = torch.stack([part.logps for part in parts]) if estimator.apart else scores.logps
+    return replace(scores, logps=estimator.assemble(logps, rollout, rollout.view_seed, 2))
 
 
 def gradients(model, scores) -> list[torch.Tensor]:
@@ -63,7 +65,7 @@ def gradients(model, scores) -> list[torch.Tensor]:
 @pytest.mark.parametrize(("family", "name"), cases())
 def test_identity_13_scores_and_gradients_are_those_of_everything(models, family, name):
     model, estimator = models(family), ALL[name]
-    rollout = rollout_for_tests(width=9)
+    rollout = replace(rollout_for_tests(width=9), advantages=torch.tensor([1.0, -1.0, -0.5, 0.0, -2.0]))
     want = everything(model, estimator, rollout, 0.3)
     for size in (1, 3, 5):
         got = token_logps(model, rollout, estimator, temperature=0.7, iteration=2, p_mask_prompt=0.3, batch_size=size)
@@ -90,7 +92,7 @@ def test_pairs_that_score_something_are_run_once(name, size):
         assert len(view.input_ids) == len(owner) == (size if number < len(plan) - 1 else len(owner)) <= size
         run += [(ids.tolist(), targets.tolist()) for ids, targets in zip(view.input_ids, view.targets, strict=True)]
         for ids, row in zip(view.input_ids, owner, strict=True):
-            prompt = rollout.prompt_ids[row]
+            prompt = rollout.prompt_ids[row % len(rollout)]
             assert torch.equal(ids[: len(prompt)], prompt), "a row that is not its owner's"
     assert run == needed and plan.num_pairs == len(run)
 

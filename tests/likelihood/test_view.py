@@ -10,6 +10,7 @@ from oracles import hits, random_rollout, slow_step_merge, unpadded
 
 import trl_dllm.generation.denoising
 import trl_dllm.likelihood.elbo
+import trl_dllm.likelihood.spg
 import trl_dllm.likelihood.view
 import trl_dllm.noise
 from trl_dllm.likelihood import (
@@ -37,7 +38,7 @@ ALL = {**TRAJECTORY, **PKL, **PKL_UNSHIFTED, **ELBO}
 
 @pytest.mark.parametrize("name", ALL)
 def test_scored_is_the_union_of_the_views_targets(name):
-    """And views that a row does not have score nothing; the ELBO scores what no draw masked with 0 as well."""
+    """And views that a row does not have score nothing; a bound has a share for what no draw masked as well."""
     estimator = ALL[name]
     for seed, iteration in ((5, 0), (6, 3)):
         rollout = rollout_for_tests(seed=seed)
@@ -50,7 +51,7 @@ def test_scored_is_the_union_of_the_views_targets(name):
                 count += found
                 assert not (found & ~rollout.revealed).any()
         scored = estimator.scored(rollout, rollout.view_seed, iteration)
-        if name.startswith("elbo"):
+        if not estimator.per_token:
             assert torch.equal(scored, rollout.counted) and not ((count > 0) & ~scored).any()
             continue
         assert torch.equal(count > 0, scored)
@@ -236,16 +237,17 @@ def test_prompt_perturbation_never_shares_draws_with_the_sampler(models, monkeyp
     assert not sampler & prompt
 
 
-@pytest.mark.parametrize("name", ["pkl 3", "pkl_u", "elbo", "coupled_elbo"])
+@pytest.mark.parametrize("name", ["pkl 3", "pkl_u", "elbo", "coupled_elbo", "spg"])
 def test_prompt_perturbation_never_shares_draws_with_the_estimator(monkeypatch, name):
     """Or the prompt tokens that are masked would say which completion tokens are scored."""
     estimator, rollout = ALL[name], rollout_for_tests()
-    seen = record_draws(monkeypatch, trl_dllm.noise, trl_dllm.likelihood.view, trl_dllm.likelihood.elbo)
+    modules = (trl_dllm.likelihood.view, trl_dllm.likelihood.elbo, trl_dllm.likelihood.spg)
+    seen = record_draws(monkeypatch, trl_dllm.noise, *modules)
     for iteration in range(4):
         perturb_prompt(rollout, 0.5, rollout.view_seed, iteration)
         for n in range(estimator.num_views(rollout)):
             estimator.view(rollout, n, rollout.view_seed, iteration)
     prompt = seen.pop("trl_dllm.likelihood.view")
-    views = set().union(*seen.values())  # of `random_ranks`, and the ELBO's own
+    views = set().union(*seen.values())  # of `random_ranks`, and the bounds' own
     assert len(prompt) > 70 and len(views) > 150
     assert not prompt & views

@@ -38,6 +38,7 @@ def test_a_row_says_what_the_recipe_sets():
     assert row["loss"] == "grpo, scale_rewards none, epsilon 0.2, ratio of a sequence"
     assert row["KL"] == "beta 0.001, k3"
     assert ROWS["llada_8b/grpo/gsm8k_wd1"]["loss"] == "wd1, scale_rewards none"
+    assert ROWS["llada_8b/grpo/gsm8k_spg"]["loss"] == "bnpo, scale_rewards none, no ratio"
     assert ROWS["tiny_llada/sft/sudoku_any_order"]["trained"] == "all"
     assert ROWS["llada_8b/sft/s1k_d1"]["trained"] == "LoRA r 128 on q_proj, k_proj, v_proj"
 
@@ -55,6 +56,8 @@ def test_a_rows_numbers_are_those_that_the_script_gets(name):
     assert f"blocks of {args.block_length}, {args.remasking}, temperature {args.temperature}" in row["decoding"]
     assert ("decoding any_order" in row["decoding"]) == (args.decoding == "any_order")
     assert row["loss"].startswith(f"{args.loss_type}, scale_rewards {args.scale_rewards}")
-    assert (f"epsilon {args.epsilon:g}" in row["loss"]) == (args.loss_type != "wd1")
+    assert (f"epsilon {args.epsilon:g}" in row["loss"]) == (
+        args.loss_type != "wd1" and args.ratio_denominator != "current"
+    )
     assert row["KL"] == ("none" if args.beta == 0 else f"beta {args.beta:g}, {args.kl_estimator}")
     assert row["inner iterations"] == str(args.num_iterations)

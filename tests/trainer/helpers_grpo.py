@@ -17,7 +17,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from trl_dllm import DiffusionGRPOConfig, DiffusionGRPOTrainer, Rollout
-from trl_dllm.likelihood import Estimator, TokenScores, token_logps
+from trl_dllm.likelihood import Estimator, Plan, TokenScores, token_logps
 from trl_dllm.likelihood.view import perturb_prompt
 from trl_dllm.models import create_tiny_model
 from trl_dllm.trainer import grpo_trainer, old_and_reference
@@ -208,16 +208,20 @@ class EveryView:
     """A plan of all views, each in a forward of all rows; takes a `Plan`'s arguments."""
 
     def __init__(self, estimator, rollout, draw, size, p_mask_prompt=0.0, skipped=None):
+        self.estimator, self.seeds, self.iteration = estimator, rollout.view_seed, draw
         self.rollout = perturb_prompt(rollout, p_mask_prompt, rollout.view_seed, draw)
         self._views = [
             estimator.view(self.rollout, n, rollout.view_seed, draw) for n in range(estimator.num_views(rollout))
         ]
 
+    num_rows = Plan.num_rows
+
     def __len__(self) -> int:
         return len(self._views)
 
     def __getitem__(self, number: int):
-        return self._views[number], torch.arange(len(self.rollout))
+        rows = len(self.rollout)
+        return self._views[number], torch.arange(rows) + (number * rows if self.estimator.apart else 0)
 
 
 class PlainTrainer(UpdateTrainer):

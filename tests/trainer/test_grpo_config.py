@@ -58,7 +58,7 @@ REFUSED = [
     ({"p_mask_prompt": -0.1}, "-0.1", "[0, 1)"),
     ({"p_mask_prompt": float("nan")}, "nan", "a finite number"),
     ({"loss_tokens": "all"}, "'all'", "choose 'eos' or 'canvas'"),
-    ({"ratio_denominator": "old_policy"}, "'old_policy'", "choose 'old' or 'ref'"),
+    ({"ratio_denominator": "old_policy"}, "'old_policy'", "choose 'old', 'ref' or 'current'"),
     ({"kl_estimator": "k1"}, "'k1'", "choose 'k3' or 'full'"),
     ({"redraw_views": "no"}, "'no'", "true, false or a number"),
     ({"redraw_views": 3, "num_iterations": 2}, "3", "num_iterations=2"),

@@ -42,6 +42,13 @@ COUPLED = {
         "evaluate": True,
     },
     "a model with an adapter": {"estimator": "mean_field", "loss_type": "grpo", "adapted": True},
+    "spg": {
+        "estimator": "spg",
+        "estimator_kwargs": {"block_length": 4, "p_mask_clean": 0.2},
+        "ratio_denominator": "current",
+        "loss_type": "dapo",
+        "beta": 0.0,
+    },
 }
 
 
@@ -216,6 +223,7 @@ ESTIMATOR_SETTINGS: dict[str, dict] = {
     "pkl_t": {"decoding": "any_order"},
     "elbo": {},
     "coupled_elbo": {},
+    "spg": {"estimator_kwargs": {"block_length": 4}, "ratio_denominator": "current", "beta": 0.0},
 }
 ADAPTERS = {"full": {}, "lora": {"peft": True}, "qlora": {"peft": True, "quantized": "uint8"}}
 EVERYTHING = os.environ.get("TRL_DLLM_SHARDING") == "all"
@@ -224,6 +232,7 @@ EVERYTHING = os.environ.get("TRL_DLLM_SHARDING") == "all"
 def combinations() -> list[tuple[str, str, str, str]]:
     """(back-end, adapter, estimator, KL): all of them, or few that hold every pair that there is."""
     everything = list(product(BACKENDS, ADAPTERS, ESTIMATORS, ("k3", "full")))
+    everything = [case for case in everything if case[2:] != ("spg", "full")]  # which takes no KL
     if EVERYTHING:
         return everything
     pairs = {case: {frozenset(pair) for pair in itertools.combinations(enumerate(case), 2)} for case in everything}

@@ -129,7 +129,8 @@ def test_every_published_method_has_a_recipe():
     expected = {f"{task}_pkl" for task in ("gsm8k", "math500", "humaneval", "mbpp")}
     expected |= {f"{task}_step_merge" for task in ("gsm8k", "math500", "countdown", "sudoku")}
     methods = (
-        "pkl_u pkl_t any_order diffu_grpo wd1 coupled_grpo espo gdpo tracerl justgrpo cj_grpo ddpo agrpo gspo_token"
+        "pkl_u pkl_t any_order diffu_grpo wd1 coupled_grpo espo gdpo tracerl justgrpo cj_grpo ddpo agrpo gspo_token "
+        "spg"
     )
     expected |= {f"gsm8k_{method}" for method in methods.split()}
     assert expected <= {path.stem.removeprefix("config_") for path in FILES}

@@ -5,7 +5,8 @@ from .any_order import AnyOrder
 from .elbo import CoupledElbo, Elbo
 from .plan import Plan, compact, counted_view
 from .pseudo import BlockPseudoLikelihood, PseudoLikelihood, TrajectoryPseudoLikelihood
-from .score import Reference, TokenScores, check_estimator, score_view, token_logps
+from .score import Reference, TokenScores, assembled, check_estimator, score_view, token_logps
+from .spg import SandwichedBounds
 from .trajectory import ExactTrajectory, MeanField, SampledTrajectory, StepMerge, segment_view
 from .view import Estimator, View, canvas_view, perturb_prompt
 
@@ -22,6 +23,7 @@ ESTIMATORS: dict[str, type[Estimator]] = {
     "pkl_t": TrajectoryPseudoLikelihood,
     "elbo": Elbo,
     "coupled_elbo": CoupledElbo,
+    "spg": SandwichedBounds,
 }
 
 __all__ = [
@@ -38,10 +40,12 @@ __all__ = [
     "Purpose",
     "Reference",
     "SampledTrajectory",
+    "SandwichedBounds",
     "StepMerge",
     "TokenScores",
     "TrajectoryPseudoLikelihood",
     "View",
+    "assembled",
     "canvas_view",
     "check_estimator",
     "compact",

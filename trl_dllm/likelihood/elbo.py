@@ -68,9 +68,10 @@ class Elbo(Estimator):
     def scored(self, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         return rollout.counted
 
-    def assemble(self, logps: Tensor, counted: Tensor) -> Tensor:
+    def assemble(self, logps: Tensor, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
         if self.coupled:
             return logps
+        counted = rollout.counted
         return counted * (logps.sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True).clamp(min=1))
 
 

@@ -60,12 +60,19 @@ class Plan:
         return -(-len(self._pairs) // self.size)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the scores."""
+        return len(self.rollout) * (self.estimator.num_views(self.rollout) if self.estimator.apart else 1)
+
+    @property
     def num_pairs(self) -> int:
         """Rows of all forwards together."""
         return len(self._pairs)
 
     def __getitem__(self, number: int) -> tuple[View, Tensor]:
-        """A forward: its view (at most `size` rows), and the row of the rollout that each of its rows is of, (M,).
+        """A forward: its view (at most `size` rows), and the row of the scores that each of its rows is of, (M,).
+
+        That is a row of the rollout, or with `Estimator.apart` row b of view n at n · B + b: `num_rows` in all.
 
         Beyond the last one it is a row without targets: other processes have more forwards, and wait for this one.
         """
@@ -76,7 +83,8 @@ class Plan:
         parts = []
         for n in dict.fromkeys(n for n, _ in pairs):
             parts.append(self._view(n)[self.seeds.new_tensor([row for m, row in pairs if m == n])])
-        return View.cat(parts), self.seeds.new_tensor([row for _, row in pairs])
+        apart = len(self.rollout) if self.estimator.apart else 0
+        return View.cat(parts), self.seeds.new_tensor([n * apart + row for n, row in pairs])
 
     def _view(self, n: int) -> View:
         return counted_view(self.estimator, self.rollout, n, self.seeds, self.iteration)

@@ -136,6 +136,17 @@ def score_view(
     return TokenScores(table[..., 0], table[..., 1], scored.view(rows, canvas_length), kls)
 
 
+def assembled(plan: Plan, scores: TokenScores) -> TokenScores:
+    """What the scores of a plan's forwards, added up, stand for: (B, L) each."""
+    estimator, rollout = plan.estimator, plan.rollout
+    logps = scores.logps
+    if estimator.apart:
+        views = (-1, *rollout.counted.shape)
+        logps, scored = logps.view(views), scores.scored.view(views).any(dim=0)
+        scores = replace(scores.map(lambda table: table.view(views).sum(dim=0)), scored=scored)
+    return replace(scores, logps=estimator.assemble(logps, rollout, plan.seeds, plan.iteration))
+
+
 def check_estimator(estimator: Estimator, rollout: Rollout, spec: MaskedDiffusionSpec) -> None:
     """Raise ValueError where the model family cannot answer for the estimator or the rollout."""
     estimator.check(spec)
@@ -214,9 +225,8 @@ def token_logps(
             differentiable_entropy,
             support=rollout.support,
             owner=owner,
-            rows=len(rollout),
+            rows=plan.num_rows,
         )
         parts.append(part)
-    scores = TokenScores.sum(parts)
-    scores = replace(scores, logps=estimator.assemble(scores.logps, rollout.counted))
+    scores = assembled(plan, TokenScores.sum(parts))
     return replace(scores, scored=estimator.scored(rollout, plan.seeds, iteration) & rollout.counted)

@@ -90,6 +90,8 @@ class Estimator:
     - **Numbers of tokens** (`per_token`): a counted position's weights sum to 1 over all views, so that what the loss
       exponentiates is its token's log-prob. An estimator whose numbers are of the row (a bound) says
       `per_token = False`, weighs as it likes, and spreads them in `assemble`.
+    - **More than a sum over views**: with `apart`, `assemble` is given each view's numbers, and may make anything
+      differentiable of them; an update then runs the views once without gradients first, whatever `disjoint` says.
     - **Leaving positions out** (`sub_samples`): views have weight 1 all the same, and the trainer weighs, once, in the
       loss: by `sampling_weights`, or by n / k where that is None. `scored` says which positions those are.
 
@@ -100,6 +102,9 @@ class Estimator:
         stochastic (`bool`): views need a draw for each inner iteration.
         disjoint (`bool`): no position's number depends on two views, which saves a pass over them.
         per_token (`bool`): a position's number is its own token's, not a share of the row's.
+        apart (`bool`): `assemble` is given the views one by one and not their sum.
+        signed (`bool`): `assemble` asks for the sign of a row's advantage (`Rollout.advantages`). Such numbers are no
+            log-probs of one distribution: a loss with a ratio or a KL is refused.
         replays (`tuple[str, ...]`): decoders whose canvases its views are, as they stood before a step.
         exact_for (`tuple[str, ...]`): decoders whose own log-probs it equals at every counted position.
     """
@@ -107,6 +112,8 @@ class Estimator:
     stochastic = False
     disjoint = True
     per_token = True
+    apart = False
+    signed = False
     replays: tuple[str, ...] = ()
     exact_for: tuple[str, ...] = ()
 
@@ -135,8 +142,9 @@ class Estimator:
         """
         return None
 
-    def assemble(self, logps: Tensor, counted: Tensor) -> Tensor:
-        """The log-probs (B, L) that those of a view stand for; linear, since views are added up behind it."""
+    def assemble(self, logps: Tensor, rollout: Rollout, seeds: Tensor, iteration: int) -> Tensor:
+        """The log-probs (B, L) that the weighted ones of all views stand for: their sum (B, L), or with `apart` each
+        view's (N, B, L), 0 where it scores nothing. The draw is that of the views."""
         return logps
 
     def check(self, spec: MaskedDiffusionSpec) -> None:

@@ -79,7 +79,9 @@ def _grpo_columns(s: dict[str, Any]) -> Row:
     if s["decoding"] != "denoising":
         decoding += [f"decoding {s['decoding']}", f"cache {s['cache']}"]
     loss = [s["loss_type"], f"scale_rewards {s['scale_rewards']}"]
-    if s["loss_type"] != "wd1":  # which has no ratio to clip
+    if s["ratio_denominator"] == "current":
+        loss.append("no ratio")
+    elif s["loss_type"] != "wd1":  # which has none either
         loss.append(f"epsilon {s['epsilon']:g}")
     if s["importance_sampling_level"] != "token":
         loss.append(f"ratio of a {s['importance_sampling_level']}")

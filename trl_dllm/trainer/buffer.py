@@ -44,6 +44,7 @@ def from_batch(batch: dict[str, Tensor], facts: dict[str, Any]) -> Rollout:
         counted=batch["counted"],
         view_seed=batch["view_seed"],
         support=batch.get("support"),
+        advantages=batch.get("advantages"),
         **facts,
     )
 

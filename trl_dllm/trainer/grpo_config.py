@@ -79,7 +79,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         metadata={
             "help": "Which likelihood the loss is computed from: 'mean_field' (d1), 'step_merge' (d2), "
             "'exact_trajectory', 'agrpo', 'any_order' (d2, for any-order decoding), 'pkl', 'pkl_u' or 'pkl_t' "
-            "(PADRE), 'elbo' or 'coupled_elbo'; or the path of an Estimator of your own, 'my_module.MyEstimator'."
+            "(PADRE), 'elbo' or 'coupled_elbo', 'spg' (SPG, with ratio_denominator='current'); or the path of an "
+            "Estimator of your own, 'my_module.MyEstimator'."
         },
     )
     num_segments: int | None = field(
@@ -130,8 +131,9 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         metadata={
             "help": "Policy in the denominator of the importance ratio: 'old', the policy that drew the rollouts, or "
             "'ref', the reference (PADRE Eq. 14 and Algorithm 1 line 8 as printed), which is then loaded at beta=0 "
-            "too.",
-            "choices": ["old", "ref"],
+            "too, or 'current', the policy itself: the ratio is 1 in all inner iterations, the gradient is that of "
+            "-A log π, and nothing is clipped (SPG).",
+            "choices": ["old", "ref", "current"],
         },
     )
     kl_estimator: str = field(
@@ -252,6 +254,11 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
                 f"{name}={getattr(self, name)!r} with importance_sampling_level={level!r}: it needs the old policy's "
                 "own log-probs of tokens. Set importance_sampling_level='sequence'."
             )
+        if threshold is not None and self.ratio_denominator == "current":
+            raise ValueError(
+                f"off_policy_mask_threshold={threshold} with ratio_denominator='current': it compares with the old "
+                "policy, whose log-probs are not computed. Set it to None."
+            )
         if self.sync_ref_model and self.beta == 0 and self.ratio_denominator != "ref":
             raise ValueError("sync_ref_model=True with beta=0: there is no reference to synchronise. Set beta.")
         if self.loss_type != "wd1":
@@ -267,9 +274,17 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
         """Refuse what does not go with the estimator.
 
         Raises:
-            ValueError: a loss that is not a sum over tokens for an estimator that leaves positions out, or the
-                sampler's log-probs as the old policy's where they are not what the estimator computes.
+            ValueError: a ratio or a KL of numbers that the advantage's sign chooses, a loss that is not a sum over
+                tokens for an estimator that leaves positions out, or the sampler's log-probs as the old policy's where
+                they are not what the estimator computes.
         """
+        for name, right, what in (("ratio_denominator", "current", "ratio"), ("beta", 0.0, "KL")):
+            if estimator.signed and getattr(self, name) != right:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} with {type(estimator).__name__}, which scores a row by one bound "
+                    "or another, as its advantage is: their differences are no log-ratios of two policies, and there "
+                    f"is no {what} to take of them. Set {name}={right!r}."
+                )
         if estimator.sub_samples(self.canvas_length):
             for name, value, wrong in (
                 *(("importance_sampling_level", self.importance_sampling_level, level) for level in LEVELS[1:]),

@@ -31,7 +31,7 @@ from trl.extras.profiling import profiling_context
 from trl.models.utils import unwrap_model_for_generation
 
 from ..generation import generate
-from ..likelihood import Estimator, Plan, TokenScores, check_estimator, compact, score_view
+from ..likelihood import Estimator, Plan, TokenScores, assembled, check_estimator, compact, score_view
 from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_parameters, unwrap
 from ..models.lora import register_lora_targets
 from ..noise import row_seeds
@@ -383,9 +383,8 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 reference=reference_beside(self) if full_kl else None,
                 support=rollout.support,
                 owner=owner,
-                rows=len(rollout),
+                rows=plan.num_rows,
             )
-        scores = replace(scores, logps=self.estimator.assemble(scores.logps, rollout.counted))
         if self.model.training:  # the run's cost is that of training
             rows, width = view.input_ids.shape
             training = torch.is_grad_enabled()
@@ -410,7 +409,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
 
     @property
     def _separable(self) -> bool:
-        return self.estimator.disjoint and is_separable(self)
+        return self.estimator.disjoint and not self.estimator.apart and is_separable(self)
 
     def _compute_loss(self, model, inputs):
         draw, first = self._inner_iteration % self._num_draws, self._inner_iteration == 0
@@ -434,6 +433,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
                 return self._score_view(model, plan, number, full_kl=self._full_kl)
 
         def loss(scores: TokenScores, record: bool) -> Tensor:
+            scores = assembled(plan, scores)
             value = self._loss_of(scores, inputs, record)
             if record:
                 parts = {**inputs, "log_probs": scores.logps, "kl": scores.kls}

@@ -74,6 +74,14 @@ AGRPO = Paper(
     "2510.04019",
     "2025",
 )
+SPG = Paper(
+    "wang2025spg",
+    "SPG: Sandwiched Policy Gradient for Masked Diffusion Language Models",
+    "Wang, C. and Rashidinejad, P. and Su, D. and Jiang, S. and Wang, S. and Zhao, S. and Zhou, C. and "
+    "Shen, S. Z. and Chen, F. and Jaakkola, T. and Tian, Y. and Liu, B.",
+    "2510.09541",
+    "2025",
+)
 VRPO = Paper(
     "zhu2025llada15",
     "LLaDA 1.5: Variance-Reduced Preference Optimization for Large Language Diffusion Models",
@@ -95,6 +103,7 @@ PAPERS = {
     "pkl_t": PADRE,
     "elbo": LLADA,
     "coupled_elbo": DIFFUCODER,
+    "spg": SPG,
     "masked_diffusion": LLADA,
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from ..likelihood import TokenScores, assembled
 from .buffer import from_batch
 from .engine import correct, corrects
 from .reference import as_reference
@@ -59,6 +60,6 @@ def policy_logps(trainer, model, batch: dict[str, Tensor], first: int = 0, part:
     with trainer.profile.part(part), unchecked:
         for draw in range(first, draws):
             plan, forwards = trainer._plan(rollout, draw, batch)
-            for number in range(forwards):
-                found[:, draw] += trainer._score_view(model, plan, number).logps
+            scores = TokenScores.sum(trainer._score_view(model, plan, number) for number in range(forwards))
+            found[:, draw] = assembled(plan, scores).logps
     return found
