@@ -18,7 +18,18 @@ RHYTHM = {
     *("num_train_examples", "num_eval_examples", "gradient_accumulation_steps"),
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
 }
-WORDS = {"one": 1, "two": 2, "three": 3, "four": 4, "eight": 8, "tenth": 0.1, "no": 0, "without": 0, "neither": 0}
+WORDS = {
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "eight": 8,
+    "tenth": 0.1,
+    "half": 0.5,
+    "no": 0,
+    "without": 0,
+    "neither": 0,
+}
 
 
 def comments(path: Path) -> str:
@@ -42,8 +53,10 @@ def numbers(value: Any) -> list[float]:
 
 def without_reason(path: Path) -> list[str]:
     head = comments(path)
-    others = re.findall(r"\b[\w]+/(?:grpo|sft|dpo)/\w+", head.partition("Notice:")[0])
-    known = said(head + " ".join(comments(find_recipe(name)) for name in others if name in recipe_paths()))
+    before = head.partition("Notice:")[0]
+    others = {name for name in recipe_paths() if re.search(rf"\b{name}\b", before)}
+    others |= {path for path in path.parent.glob("config_*.yaml") if re.search(rf"\b{path.stem[7:]}\b", before)}
+    known = said(head + " ".join(comments(find_recipe(str(other))) for other in others))
     beside = set(re.findall(r"^(\w+): [^#\n]*#", path.read_text(), re.M))
     settings = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name not in RHYTHM | beside}
     return [f"{name}: {value}" for name, value in settings.items() if set(numbers(value)) - known]
