@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "evaluate a model on a task",
     "generate": "complete prompts",
     "report": "compare likelihood estimates with what a model draws; `report curves` draws what runs have learned",
+    "trace": "show on a page how completions were filled in, step by step",
     "merge": "merge an adapter into its base model",
     "convert": "convert a checkpoint that needs its own code into one that does not",
     "recipe": "list the recipes, or print one with its base filled in",

@@ -61,7 +61,19 @@ def test_importing_the_package_registers_the_families_and_loads_no_trl():
 # Rooms and single modules of the package, from the bottom up. Each imports those below it, or beside it in no circle.
 FLOORS = [
     {"blocks"},
-    {"models", "rollout", "step_maps", "noise", "recipe", "fields", "command", "fingerprint", "identity", "processes"},
+    {
+        "models",
+        "rollout",
+        "step_maps",
+        "trace",
+        "noise",
+        "recipe",
+        "fields",
+        "command",
+        "fingerprint",
+        "identity",
+        "processes",
+    },
     {"generation", "likelihood"},
     {"trainer", "evaluation", "reports"},
     {"harness", "scripts"},

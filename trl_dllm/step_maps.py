@@ -12,6 +12,7 @@ A line is a completion:
 - `blocks`, of a block-causal model or a canvas that grew: the fields of `Blocks`;
 - `support`, where the draw was truncated (top-k, top-p, min-p): the tokens that could be drawn, a list a position;
 - `decoding`, which says whose log-probs `trl-dllm report` compares with ("denoising" if missing);
+- `rewards` by name and `block_length` of the sampler, which `trl-dllm trace` shows;
 - `prompt` and `completion` as text, and whatever else: nobody reads it.
 
 A trace is taken as it is or refused, never repaired.

@@ -36,6 +36,7 @@ SHRUNK = {
     "generate": "",
     "report": "--num_examples 4 --batch_size 4",
     "report curves": "--against steps",
+    "trace": "--num_examples 2",
     "merge": "",
     "recipe": "",
 }
@@ -58,6 +59,8 @@ NOT_RUN = {
     "python benchmarks/rollout.py": "tests/benchmarks/test_rollout.py runs it at toy size",
     "python benchmarks/step.py": "tests/test_step.py runs it",
     "python benchmarks/gpu.py": "tests/test_gpu.py runs it",
+    "trl-dllm trace --model_name_or_path runs/demo/grpo": "`make demo` trains that model for minutes",
+    "python tests/helpers_browser.py": "it takes a picture with a browser; tests/test_trace.py drives one",
     "python docs/examples/engine_server.py": "it serves for ever; a test below runs it",
 }
 
@@ -101,7 +104,7 @@ def run_python(text: str, where: str) -> None:
 
 
 # Those that measure a step of 8B, and those whose commands take more than five seconds together.
-MARKS = dict.fromkeys(("scaling.md", "index.md", "faq.md"), pytest.mark.slow)
+MARKS = dict.fromkeys(("scaling.md", "index.md", "faq.md", "trace.md"), pytest.mark.slow)
 
 
 def not_run(words: list[str]) -> str | None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from trl_dllm import cli
 from trl_dllm.generation import DiffusionGenerationConfig, decoding_of, save_decoding
 from trl_dllm.models import create_tiny_model
-from trl_dllm.scripts import generate, report
+from trl_dllm.scripts import generate, report, trajectories
 from trl_dllm.step_maps import read_rollout
 
 
@@ -135,7 +135,7 @@ def test_a_file_is_read_before_the_model(model, tmp_path, capsys, monkeypatch, c
         cli.main(argv)
         assert "The file has no log-probs to compare" in capsys.readouterr().out
         return
-    monkeypatch.setattr(report, "load_model", lambda args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(trajectories, "load_model", lambda args: pytest.fail("the model was loaded"))
     with pytest.raises(SystemExit) as ended:
         cli.main(argv)
     assert ended.value.code == 2 and message in str(ended.value)

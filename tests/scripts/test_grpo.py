@@ -1,11 +1,13 @@
-"""`trl-dllm grpo` with one prompt for all rows, and with a classifier's label as the reward."""
+"""`trl-dllm grpo` with one prompt for all rows, with a classifier's label as the reward, and with pages of its own."""
 
 import pytest
 import yaml
+from helpers_scripts import GRPO, write_recipe
 
 from trl_dllm import cli
 from trl_dllm.scripts.grpo import make_parser
 from trl_dllm.scripts.rewards import resolve_rewards
+from trl_dllm.trace import read_page
 from trl_dllm.trainer.classifier import ClassifierReward
 
 
@@ -68,3 +70,20 @@ def test_a_label_that_is_none_ends_the_command_before_weights_are_loaded(tmp_pat
         SystemExit, match=r"^trl-dllm grpo: reward_model_label='c' is no label of .*: name one of a, b"
     ):
         cli.main(["grpo", "--config", str(tmp_path / "recipe.yaml"), *CPU])
+
+
+def test_the_pages_of_a_run_show_the_tasks_grid(tmp_path, tiny_checkpoint):
+    """With the clues of the puzzle that stands in the prompt; a run that starts over begins without pages."""
+    run = tmp_path / "run"
+    settings = {"model_name_or_path": tiny_checkpoint, "output_dir": str(run), "trace_steps": 1}
+    config = write_recipe(tmp_path, GRPO, **settings)
+    cli.main(["grpo", "--config", config])
+    page = read_page(run / "traces" / "step-1.html")
+    for (row,) in page["examples"]:
+        prompt = "".join(page["models"][0]["vocab"][str(token)] for token in row["prompt"])
+        assert "".join(cell["given"] or "0" for cell in row["grid"]["cells"]) == prompt.removesuffix("=")
+        assert set(row["rewards"]) == {"sudoku_cells_reward", "advantage"}
+    assert "(traces/step-1.html)" in (run / "README.md").read_text()
+    cli.main(["grpo", "--config", config, "--start_over", "true", "--trace_steps", "2", "--seed", "1"])
+    assert [path.name for path in (run / "traces").iterdir()] == ["step-0.html"]
+    assert (run / "_replaced-1" / "traces" / "step-1.html").exists()

@@ -2,6 +2,7 @@ import pytest
 
 from trl_dllm.tasks import Task
 from trl_dllm.tasks.base import (
+    Grid,
     check_load_arguments,
     completion_text,
     last_answer,
@@ -13,7 +14,16 @@ from trl_dllm.tasks.base import (
 
 def test_a_task_without_parsers_has_its_score():
     task = Task(name="x", load=list, rewards={}, score=lambda text, row: {"correct": True})
-    assert dict(task.parsers) == {"default": task.score} and task.stored_row is None
+    assert dict(task.parsers) == {"default": task.score} and task.stored_row is None and task.layout is None
+
+
+@pytest.mark.parametrize("cells", [((0,), (None, None), (None, None)), ((0, 1, 2),) * 3, ((0, 1),) * 3])
+def test_a_grid_has_whole_rows_of_cells(cells):
+    if len(cells[0]) == len(cells[1]) == 2:
+        assert Grid(2, *cells).box is None
+        return
+    with pytest.raises(ValueError, match=r"cells; they must have as many as each other, in whole rows of columns=2"):
+        Grid(2, *cells)
 
 
 @pytest.mark.parametrize(

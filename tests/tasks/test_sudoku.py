@@ -8,6 +8,7 @@ from trl_dllm.tasks import TASKS, get_task, sudoku
 from trl_dllm.tasks.base import last_answer
 from trl_dllm.tasks.sudoku import (
     SPLIT_SIZES,
+    layout,
     load,
     parse_board,
     score,
@@ -248,13 +249,41 @@ def test_parsers_take_any_text(text):
     share = cells(text)
     assert share in (0.0, 0.5, 1.0) and cells(chat(text)) == share
     assert solved(text) == (board == SOLUTION) == score(text, {"puzzle": PUZZLE, "solution": SOLUTION})["correct"]
+    assert sum(place is not None for place in layout(text, {"puzzle": PUZZLE}).places) == min(16, len(board))
+
+
+ROW = {"puzzle": PUZZLE, "solution": SOLUTION}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [SOLUTION, f"I think <answer>{SOLUTION}</answer> of 4x4", SOLUTION[:5], " ".join(SOLUTION) + "1", ""],
+    ids=["text", "chat", "short", "spaced and long", "none"],
+)
+def test_the_board_of_a_completion(text):
+    grid = layout(text, ROW)
+    assert (grid.columns, grid.box) == (4, (2, 2)) and grid.expected == tuple(SOLUTION)
+    assert grid.given == tuple(None if digit == "0" else digit for digit in PUZZLE)
+    shown = "".join("" if place is None else text[place] for place in grid.places)
+    assert len(grid.places) == 16 and shown == parse_board(text)[:16]
+
+
+def test_the_board_of_a_stored_trajectory_is_its_prompts():
+    """A line has no columns but perhaps the prompt's text."""
+    for prompt in (f"{PUZZLE}=", f"7 x {SOLUTION}\n{PUZZLE}"):
+        grid = layout(SOLUTION, {"prompt": prompt, "step_maps": [1]})
+        assert grid.given == layout(SOLUTION, ROW).given and set(grid.expected) == {None}
+    assert layout(SOLUTION, {"prompt": [{"role": "user", "content": f"Grid: {PUZZLE}"}]}).given[0] == "1"
+    assert layout(SOLUTION, {**ROW, "solution": "12"}).expected == (None,) * 16
+    for row in ({}, {"prompt": "no puzzle"}, {"prompt": "9" * 16}, {"puzzle": 5}, {"puzzle": "٣" * 16}):
+        assert layout(SOLUTION, row) is None
 
 
 @pytest.mark.parametrize("piece", ["(", "<answer>", "</answer>", "<answer></answer>", "1", " ", "<"])
 def test_long_texts_take_no_time(piece):
     text = piece * (1_000_000 // len(piece))
     start = time.perf_counter()
-    cells(text), solved(text)
+    cells(text), solved(text), layout(text, {"puzzle": PUZZLE})
     assert time.perf_counter() - start < 0.5
 
 

@@ -19,6 +19,7 @@ def main(folder: str, checkpoint: str, kind: str) -> None:
         hub_model_id="me/model",
         save_strategy="steps",
         save_steps=1,
+        trace_steps=1,
     )
     trainer.train()
     trainer.push_to_hub(dataset_name="me/prompts")

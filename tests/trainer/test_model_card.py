@@ -107,7 +107,8 @@ def test_a_pushed_models_card_runs_from_any_folder(tmp_path, monkeypatch, kind):
         assert done.returncode == 0, done.stderr
         files = hub.repos["me/model"]
         weights = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
-        assert {weights, "decoding.json", "tokenizer.json", "README.md"} <= set(files)
+        assert {weights, "decoding.json", "tokenizer.json", "README.md", "traces/step-0.html"} <= set(files)
+        assert b"(traces/step-0.html)" in files["README.md"]
         assert hub.tokens == {"Bearer hf_of_a_test"}
         card = files["README.md"].decode()
         (tmp_path / "run").rename(tmp_path / "gone")

@@ -1,6 +1,5 @@
 """What lies beside a saved model: its decoding, what it belongs to, and whether it is finished."""
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -9,15 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from helpers_grpo import build, lora, text_prompts, tiny, weights
+from helpers_grpo import build, lora, tiny, weights
 
 from trl_dllm import DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.fingerprint import FINGERPRINT, Fingerprint
 from trl_dllm.generation import read_decoding
 from trl_dllm.generation.saved import DECODING, decoding_config
-from trl_dllm.likelihood import ExactTrajectory, token_logps
-from trl_dllm.step_maps import read_lines, read_rollout
-from trl_dllm.trainer.records import ROLLOUTS, is_complete, model_files
+from trl_dllm.trainer.records import is_complete, model_files
 
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
@@ -220,51 +217,3 @@ def test_the_best_model_is_loaded_where_it_is_asked_for(tmp_path):
     loaded = build_one()
     loaded.load_checkpoint(str(tmp_path / "checkpoint-3"))
     assert all(torch.equal(value, weights(loaded)[name]) for name, value in weights(whole).items()), best
-
-
-# ------------------------------------------------------------------------------------------------------- trajectories
-
-
-def test_the_trajectories_of_training_are_written_where_they_are_asked_for(tmp_path):
-    """One file a generation batch, not of evaluations, and again the same when it is drawn again."""
-    settings = {
-        "max_steps": 3,
-        "num_iterations": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "loss_tokens": "canvas",
-    }
-    build(tmp_path / "silent", **settings, eval_dataset=text_prompts(2)).train()
-    assert not (tmp_path / "silent" / ROLLOUTS).exists()
-    texts = []
-    for _ in range(2):
-        seen = []
-
-        def reward(completions, unmask_step, seen=seen, **kwargs):
-            seen.append((completions, unmask_step))
-            return [float(len(completion) % 3) for completion in completions]
-
-        model, tokenizer = tiny()
-        untrained = copy.deepcopy(model)
-        trainer = build(
-            tmp_path / "run",
-            model=model,
-            tokenizer=tokenizer,
-            save_rollouts=True,
-            reward_funcs=reward,
-            eval_dataset=text_prompts(2),
-            **settings,
-        )
-        trainer.train()
-        paths = sorted((tmp_path / "run" / ROLLOUTS).iterdir())
-        assert [path.name for path in paths] == ["step-000000-0-0.jsonl", "step-000002-0-0.jsonl"]
-        texts.append([path.read_text() for path in paths])
-    assert texts[0] == texts[1]
-    lines = [line for _, line in read_lines(paths[0])]
-    assert [line["completion"] for line in lines] == seen[0][0], "cut behind the EOS, as the rewards see it"
-    assert {line["global_step"] for line in lines} == {0} and {line["decoding"] for line in lines} == {"denoising"}
-    rollout = read_rollout(paths[0], trainer.spec.mask_token_id)
-    assert rollout.unmask_step.tolist() == seen[0][1] and len({line["prompt"] for line in lines}) > 1
-    with torch.no_grad():
-        scores = token_logps(untrained, rollout, ExactTrajectory())
-    torch.testing.assert_close(scores.logps, rollout.logps * rollout.counted, atol=1e-5, rtol=0)

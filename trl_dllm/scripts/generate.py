@@ -104,7 +104,8 @@ def main(args: argparse.Namespace) -> list[str]:
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(f"{prompt}{text}")
     if args.save_rollouts:
-        write_rollout(args.save_rollouts, rollout, tokenizer, decoding=config.decoding)
+        facts = {"decoding": config.decoding, "block_length": config.block_length}
+        write_rollout(args.save_rollouts, rollout, tokenizer, **facts)
     return texts
 
 

@@ -21,6 +21,7 @@ from trl_dllm.scripts.common import (
 from trl_dllm.scripts.dry import run_launched
 from trl_dllm.scripts.rewards import resolve_rewards
 from trl_dllm.scripts.runs import begin_run
+from trl_dllm.scripts.task_data import find_task
 from trl_dllm.trainer.classifier import ClassifierReward
 from trl_dllm.trainer.grpo_config import DiffusionGRPOConfig
 
@@ -117,6 +118,7 @@ def main(
         callbacks=callbacks,
     )
     trainer.fingerprint = fingerprint
+    trainer.layout = find_task(script_args.task).layout if script_args.task else None
     train_and_save(trainer, script_args)
     return trainer
 

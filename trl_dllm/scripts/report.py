@@ -6,26 +6,17 @@ trl-dllm report --model_name_or_path runs/demo/grpo --rollouts theirs.jsonl
 
 import argparse
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 from trl_dllm.command import Parser, count, run_script
-from trl_dllm.fields import check_choice
-from trl_dllm.generation import DecodingArguments
-from trl_dllm.scripts.generate import generation_config, generation_parser, load_model
-from trl_dllm.scripts.task_data import check_data_dir, check_task_kwargs, find_task, json_mapping
+from trl_dllm.scripts.generate import generation_parser
+from trl_dllm.scripts.trajectories import add_source, draw, load_task, read_stored, scored_config
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     other = "`trl-dllm report curves RUN …` draws what training runs have learned: report curves --help says more."
     parser = Parser(prog=prog, description=__doc__.splitlines()[0], epilog=other, parents=[generation_parser()])
-    parser.add_argument("--rollouts", help="File of JSON lines with trajectories to score, instead of drawing some.")
-    parser.add_argument("--task", help="Whose prompts are completed: a name, or my_module.TASK.")
-    parser.add_argument("--split", default="test", choices=["train", "validation", "test"], help="Split of the task.")
-    parser.add_argument("--num_examples", type=count, default=64, help="Prompts, one completion each.")
-    parser.add_argument(
-        "--task_kwargs", type=json_mapping, default={}, help="Further arguments of the task's load, as JSON."
-    )
-    parser.add_argument("--data_dir", help="Local folder with the task's data.")
+    add_source(parser, num_examples=64)
     parser.add_argument("--block_size", type=count, default=4, help="Positions masked at once by PKL-U.")
     parser.add_argument(
         "--loss_tokens",
@@ -77,44 +68,17 @@ def main(args: argparse.Namespace) -> list:
 
 def _drawn(args: argparse.Namespace) -> tuple:
     """Model, trajectories that it draws for a task's prompts, and what the report says of them."""
-    import torch
-
-    from trl_dllm.evaluation import tokenize_prompts
-    from trl_dllm.generation import generate
-    from trl_dllm.noise import Purpose, hash64
-
-    config = generation_config(args)
-    if config.cfg_scale:
-        raise ValueError(f"cfg_scale={config.cfg_scale}: the estimators do not follow guidance; leave it at 0.")
-    task = find_task(args.task)
-    check_task_kwargs(task, args.task_kwargs)
-    check_data_dir(args.data_dir)
-    dataset = task.load(args.split, args.num_examples, seed=args.seed, data_dir=args.data_dir, **args.task_kwargs)
-    model, tokenizer = load_model(args)
-    ids, mask = tokenize_prompts(tokenizer, list(dataset["prompt"]))
-    seeds = hash64(args.seed, Purpose.EVALUATION, torch.arange(len(ids)))
-    rollout = generate(
-        model, ids.to(model.device), mask.to(model.device), config, seeds.to(model.device), batch_size=args.batch_size
-    )
+    config = scored_config(args)
+    task, dataset = load_task(args)
+    model, _, rollout = draw(args, list(dataset["prompt"]), config)
     facts = {"task": task.name, "split": args.split, "task_kwargs": args.task_kwargs, "seed": args.seed}
     return model, rollout, {**facts, "generation": asdict(config)}
 
 
 def _stored(args: argparse.Namespace) -> tuple:
-    """Model, trajectories of a file, which is read first, and what the report says of them."""
-    from transformers import AutoConfig
-
-    import trl_dllm  # noqa: F401  registers the model families
-    from trl_dllm.step_maps import read_lines, read_rollout
-
-    vocabulary = AutoConfig.from_pretrained(args.model_name_or_path).get_text_config().vocab_size
-    rollout = read_rollout(args.rollouts, vocab_size=vocabulary)
-    where, first = read_lines(args.rollouts)[0]
-    decoding = first.get("decoding", "denoising")
-    (choices,) = (f.metadata["choices"] for f in fields(DecodingArguments) if f.name == "decoding")
-    check_choice(f"{where}decoding", decoding, choices)
-    model, _ = load_model(args)
-    return model, rollout.to(model.device), {"rollouts": args.rollouts, "generation": {"decoding": decoding}}
+    """Model, trajectories of a file, and what the report says of them."""
+    model, _, rollout, lines = read_stored(args)
+    return model, rollout, {"rollouts": args.rollouts, "generation": {"decoding": lines[0]["decoding"]}}
 
 
 def _compare(model, rollout, exact, batch_size: int) -> None:

@@ -12,8 +12,9 @@ from trl_dllm.processes import on_main_process, say
 from trl_dllm.scripts.common import TaskArguments, last_checkpoint
 from trl_dllm.scripts.rewards import Reward
 from trl_dllm.trainer.classifier import ClassifierReward
+from trl_dllm.trainer.completions import ROLLOUTS, TRACES
 from trl_dllm.trainer.meaning import meaning_differences, run_fingerprint, same_end, schedule_line
-from trl_dllm.trainer.records import ROLLOUTS, is_complete, model_files
+from trl_dllm.trainer.records import is_complete, model_files
 
 
 def begin_run(
@@ -128,7 +129,7 @@ def _move_aside(args, model: str) -> None:
     if folder.resolve() == Path(model).resolve():
         raise ValueError(f"start_over=True: output_dir={str(folder)!r} is the model to start from; choose another.")
     left: tuple[str, ...] = ("trainer_state.json", "training_args.bin", "README.md", "curves.png")
-    left += (FINGERPRINT, ROLLOUTS)
+    left += (FINGERPRINT, ROLLOUTS, TRACES)
     found = [*folder.glob("checkpoint-*"), *model_files(folder), *(folder / name for name in left)]
     found = [path for path in found if path.exists()]
     if not found:

@@ -11,6 +11,33 @@ PROMPT_FORMATS = ("text", "chat")
 
 
 @dataclass(frozen=True)
+class Grid:
+    """A completion as a table of cells, for `trl-dllm trace`; each field but two has an entry a cell, row by row.
+
+    Attributes:
+        columns: cells of a row.
+        places: the character of the completion that a cell shows; None where the completion has none for it.
+        given: what the prompt has there; None where it is to be filled in.
+        expected: what is right there; None where that is not known.
+        box: rows and columns of the boxes that thicker lines surround; None for no boxes.
+    """
+
+    columns: int
+    places: tuple[int | None, ...]
+    given: tuple[str | None, ...]
+    expected: tuple[str | None, ...]
+    box: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        sizes = [len(cells) for cells in (self.places, self.given, self.expected)]
+        if self.columns < 1 or len(set(sizes)) != 1 or sizes[0] % self.columns:
+            raise ValueError(
+                f"places, given and expected have {', '.join(map(str, sizes))} cells; they must have as many as each "
+                f"other, in whole rows of columns={self.columns}."
+            )
+
+
+@dataclass(frozen=True)
 class Task:
     """
     A benchmark. One of your own needs no change of this package: `task: my_module.TASK` (docs/extending.md).
@@ -33,6 +60,9 @@ class Task:
             published evaluation does, quirks included.
         stored_row: `stored_row(record)`, the columns that the parsers read, made from a record of stored outputs in
             d1's form (`question`, `ground_truth`); None where a task has no such form.
+        layout: `layout(text, row)`, the completion as a `Grid`, or None for one that has no such form; `row` may also
+            be a line of stored trajectories, whose `prompt` is text. Never raises, and takes linear time. None for a
+            task whose completions are text.
     """
 
     name: str
@@ -41,6 +71,7 @@ class Task:
     score: Callable[[str, Mapping[str, Any]], dict[str, Any]]
     parsers: Mapping[str, Callable[[str, Mapping[str, Any]], dict[str, Any]]] = field(default_factory=dict)
     stored_row: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    layout: Callable[[str, Mapping[str, Any]], Grid | None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parsers", {"default": self.score, **self.parsers})
@@ -66,13 +97,19 @@ def completion_text(completion: str | list[dict[str, Any]]) -> str:
     return content or ""
 
 
-def last_answer(text: str) -> str | None:
-    """What stands in the last closed `<answer>…</answer>` of `text`, None without one; takes linear time."""
+def last_answer_span(text: str) -> tuple[int, int] | None:
+    """Where in `text` that stands, from and up to; None without one."""
     start = text.rfind("<answer>", 0, max(text.rfind("</answer>"), 0))
     if start < 0:
         return None
     start += len("<answer>")
-    return text[start : text.find("</answer>", start)]
+    return start, text.find("</answer>", start)
+
+
+def last_answer(text: str) -> str | None:
+    """What stands in the last closed `<answer>…</answer>` of `text`, None without one; takes linear time."""
+    span = last_answer_span(text)
+    return None if span is None else text[slice(*span)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

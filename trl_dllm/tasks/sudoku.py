@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .base import Task, check_load_arguments, completion_text, last_answer
+from .base import Grid, Task, check_load_arguments, completion_text, last_answer_span
 from .d1_sudoku import d1_score, d1_sudoku_reward
 from .data import choose, read_rows, to_dataset
 
@@ -193,9 +193,13 @@ def parse_board(text: str) -> str:
 
     At most 17 are returned, so that a board that is too long can be told from one of 16. Never raises.
     """
-    answer = last_answer(text)
-    digits = re.finditer("[0-9]", text if answer is None else answer)
-    return "".join(match.group() for match in itertools.islice(digits, 17))
+    return "".join(text[place] for place in itertools.islice(_digits(text), 17))
+
+
+def _digits(text: str) -> Iterator[int]:
+    """Where the digits of the answer stand in `text`."""
+    start, end = last_answer_span(text) or (0, len(text))
+    return (match.start() for match in re.compile("[0-9]").finditer(text, start, end))
 
 
 def count_cells(board: str, puzzle: str, solution: str) -> tuple[int, int]:
@@ -228,12 +232,35 @@ def score(text: str, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"correct": board == row["solution"], "cells_correct": right, "cells_total": blanks}
 
 
+def layout(text: str, row: Mapping[str, Any]) -> Grid | None:
+    """The board that a completion fills in; None if neither the row nor its prompt has a puzzle."""
+    puzzle = row.get("puzzle") or _last_puzzle(completion_text(row.get("prompt") or ""))
+    if not isinstance(puzzle, str) or not re.fullmatch("[0-4]{16}", puzzle):
+        return None
+    places = list(itertools.islice(_digits(text), 16))
+    solution = row.get("solution")
+    expected = solution if isinstance(solution, str) and len(solution) == 16 else [None] * 16
+    return Grid(
+        columns=4,
+        places=(*places, *[None] * (16 - len(places))),
+        given=tuple(digit if digit != "0" else None for digit in puzzle),
+        expected=tuple(expected),
+        box=(2, 2),
+    )
+
+
+def _last_puzzle(text: str) -> str | None:
+    """The last run of 16 digits."""
+    puzzles = re.findall(r"(?<!\d)\d{16}(?!\d)", text)
+    return puzzles[-1] if puzzles else None
+
+
 def stored_row(record: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a stored output: the puzzle is the last run of 16 digits in `question`."""
-    puzzles = re.findall(r"(?<!\d)\d{16}(?!\d)", record["question"])
-    if not puzzles:
+    puzzle = _last_puzzle(record["question"])
+    if puzzle is None:
         raise ValueError(f"no puzzle of 16 digits in the stored question {record['question'][:80]!r}.")
-    return {"puzzle": puzzles[-1], "solution": record["ground_truth"]}
+    return {"puzzle": puzzle, "solution": record["ground_truth"]}
 
 
 TASK = Task(
@@ -243,4 +270,5 @@ TASK = Task(
     score=score,
     parsers={"d1": d1_score},
     stored_row=stored_row,
+    layout=layout,
 )

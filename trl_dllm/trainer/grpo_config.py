@@ -171,6 +171,14 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             "tokens, the step that revealed each, and log-probs (docs/engines.md)."
         },
     )
+    trace_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps from one page to the next that shows how some completions of training were "
+            "filled in: output_dir/traces/step-N.html, which the model card links and the Hub gets, too "
+            "(docs/trace.md). None writes none."
+        },
+    )
 
     # Fields that TrainingArguments parses from a JSON string on the command line.
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "estimator_kwargs"]  # noqa: RUF012  declared as TRL does
@@ -206,6 +214,8 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
             )
         if self.sampler_batch_size is not None and self.sampler_batch_size < 1:
             raise ValueError(f"sampler_batch_size={self.sampler_batch_size} must be at least 1, or None for all rows.")
+        if self.trace_steps is not None and self.trace_steps < 1:
+            raise ValueError(f"trace_steps={self.trace_steps} must be at least 1, or None for no pages.")
         self.check_decoding(self.canvas_length, "max_completion_length")
         self.generation_config()  # checks the temperature
         if self.temperature == 0:

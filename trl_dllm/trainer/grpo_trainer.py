@@ -36,9 +36,11 @@ from ..models import FlopsCounter, MaskedDiffusionSpec, TrainingFlops, backbone_
 from ..models.lora import register_lora_targets
 from ..noise import row_seeds
 from ..rollout import Rollout, left_pad
+from ..trace import Layout
 from .architecture import check_architecture
 from .base import HOOKS, DiffusionTrainer
 from .buffer import cycle_state, from_batch, load_cycle_state, to_batch
+from .completions import save_completions
 from .data import check_grpo_data, check_text
 from .engine import check_engine, checked_rollouts
 from .finite import check_loss, rollout_of
@@ -58,7 +60,6 @@ from .metrics import record_entropy, record_flops, record_generation, record_kl,
 from .model_card import complete_card
 from .old_and_reference import add_logps
 from .profile import Profile
-from .records import save_rollout
 from .reference import load_reference, reference_beside, reference_source, save_reference
 from .reward_checks import checked_rewards
 from .rewards import give_trajectory
@@ -132,6 +133,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     model: PreTrainedModel
     _tag_names = ["trl", "grpo", "trl-dllm", "masked-diffusion"]  # noqa: RUF012  TRL declares it so
     _name = "Diffusion GRPO"
+    layout: Layout | None = None  # set by the script, which knows the task
 
     def __init__(self, model, reward_funcs=None, args=None, *positional, estimator: Estimator | None = None, **kwargs):
         check_trl(GRPOTrainer, _OVERRIDDEN)
@@ -252,7 +254,7 @@ class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         outputs = super()._generate_and_score_completions(inputs)
         (rollout, self._rollout), (rewards, self._rewards) = (self._rollout, None), (self._rewards, None)
-        save_rollout(self, rollout)
+        save_completions(self, rollout, rewards, inputs, outputs["advantages"])
         if self.args.loss_tokens == "canvas":
             rollout = replace(rollout, counted=rollout.revealed)
 

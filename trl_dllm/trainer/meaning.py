@@ -65,7 +65,7 @@ MEANING = _names(
 
 SCHEDULE = _names(
     "max_steps num_train_epochs save_strategy save_steps save_total_limit save_only_model",
-    "logging_strategy logging_steps logging_first_step",
+    "logging_strategy logging_steps logging_first_step trace_steps",
     "eval_strategy eval_steps eval_delay eval_on_start num_eval_examples num_generations_eval dataset_test_split",
     "ignore_data_skip",
 )

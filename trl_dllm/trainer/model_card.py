@@ -13,6 +13,7 @@ from ..generation import DiffusionGenerationConfig, decoding_of
 from ..generation.saved import decoding_config
 from ..likelihood import ESTIMATORS
 from ..models import unwrap
+from .completions import newest_trace
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,9 @@ def _facts(trainer) -> list[str]:
     if decoding:
         when = "in training" if trainer.args.known_decoding() else "before this training"
         facts.append(f"Decoding {when}: {_listed(decoding)}")
+    page = newest_trace(Path(trainer.args.output_dir)) if getattr(trainer.args, "trace_steps", None) else None
+    if page is not None:
+        facts.append(f"How completions were filled in, step by step: [{page.as_posix()}]({page.as_posix()})")
     logged = next((entry for entry in reversed(trainer.state.log_history) if "flops" in entry), None)
     if logged is not None:
         facts.append(

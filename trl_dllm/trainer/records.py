@@ -12,14 +12,11 @@ from ..fingerprint import FINGERPRINT, Fingerprint
 from ..generation import save_decoding
 from ..generation.saved import DECODING
 from ..identity import tokenizer_files, weight_files
-from ..rollout import Rollout
-from ..step_maps import write_rollout
 from .dpo_config import DiffusionDPOConfig
 from .grpo_config import DiffusionGRPOConfig
 from .sft_config import DiffusionSFTConfig
 
 
-ROLLOUTS = "_rollouts"  # whose name keeps it from the Hub
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json", DECODING)
 
 
@@ -112,17 +109,3 @@ def _opens(path: Path) -> bool:
             return True
     except SafetensorError:
         return False
-
-
-def save_rollout(trainer, rollout: Rollout) -> None:
-    """Write a generation batch of training as JSON lines, a file a process, where `save_rollouts` says so.
-
-    Its name is the optimizer step, the generation batch within that step and the process: drawn again, it is written
-    again.
-    """
-    if not trainer.args.save_rollouts or not trainer.model.training:
-        return
-    step, number = trainer._generation_round[0]
-    name = f"step-{step:06d}-{number}-{trainer.accelerator.process_index}.jsonl"
-    facts = {"global_step": step, "decoding": trainer.args.decoding}
-    write_rollout(trainer._output_dir / ROLLOUTS / name, rollout, trainer._tokenizer, **facts)
