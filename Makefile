@@ -4,6 +4,7 @@
 # make test-sharding   every way to shard x adapter x estimator x KL, on two processes; 7 minutes on two idle cores
 # make coverage        the fast tests, and the lines of the core that they run
 # make test-oldest     the trainers' and models' tests on the oldest versions that pyproject.toml allows
+# make docs            the site of docs/ into site/: python -m http.server -d site shows it
 # make release         sdist and wheel in dist/, checked, and the wheel run from an empty folder
 # make test-trl-main   the trainers' tests on a checkout of TRL: make test-trl-main TRL=../trl
 # Each target sets up its own environment in .venv the first time.
@@ -19,7 +20,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo language test test-slow test-sharding lint format coverage test-oldest test-trl-main release clean
+.PHONY: demo language test test-slow test-sharding lint format coverage docs test-oldest test-trl-main release clean
 
 demo: $(VENV)/demo
 	$(BIN)/python -m trl_dllm.scripts.demo --seed $(SEED) --output_dir runs/demo
@@ -46,6 +47,9 @@ lint: $(VENV)/dev
 coverage: $(VENV)/dev
 	$(BIN)/coverage run -m pytest -m "not slow" tests
 	$(BIN)/coverage report --include "trl_dllm/likelihood/*,trl_dllm/generation/*,trl_dllm/models/*,trl_dllm/trainer/*"
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # An environment whose own packages are the floors; torch and the tools are those of the first one.
 OLDEST := $(VENV)/oldest
@@ -110,9 +114,13 @@ $(VENV)/language: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[language]"
 	touch $@
 
+$(VENV)/docs: $(BIN)/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 $(VENV)/dev: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@ $(VENV)/demo $(VENV)/language
+	touch $@ $(VENV)/demo $(VENV)/language $(VENV)/docs
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist site *.egg-info

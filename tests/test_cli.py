@@ -138,6 +138,14 @@ def test_a_recipe_to_mend_ends_with_one_line(tmp_path, monkeypatch, capsys, chan
     assert not (tmp_path / "out").exists()
 
 
+def test_quantised_weights_ask_for_bitsandbytes_by_name(monkeypatch):
+    """An installation without the extra, where the dry run of a 4-bit recipe ended in a NameError."""
+    monkeypatch.setattr("trl_dllm.scripts.common.find_spec", lambda name: None)
+    recipe = ["--config", "llada_8b/grpo/gsm8k_step_merge", "--dry_run", "true"]
+    with pytest.raises(SystemExit, match=r"load_in_4bit=True needs bitsandbytes, .*: pip install bitsandbytes"):
+        cli.main(["grpo", *recipe])
+
+
 def test_an_adapter_can_be_switched_off_over_a_recipe_that_sets_it_up(tmp_path):
     config = write_recipe(tmp_path, GRPO, output_dir=str(tmp_path), use_peft=True, lora_r=8)
     *_, model = grpo.make_parser().parse_args_and_config(["--config", config, "--use_peft", "false"])

@@ -37,6 +37,8 @@ SHRUNK = {
     "report": "--num_examples 4 --batch_size 4",
     "report curves": "--against steps",
     "trace": "--num_examples 2",
+    "merge": "",
+    "recipe": "",
 }
 
 # Beginning of a command -> why it is not run.
@@ -102,7 +104,8 @@ def run_python(text: str, where: str) -> None:
             exec(compile("\n" * (line - 1) + content, where, "exec"), namespace)  # a traceback has the page's lines
 
 
-MARKS = {"scaling.md": pytest.mark.slow, "trace.md": pytest.mark.slow}  # a step of 8B; eight commands
+# Those that measure a step of 8B, and those whose commands take more than five seconds together.
+MARKS = dict.fromkeys(("scaling.md", "index.md", "faq.md", "trace.md"), pytest.mark.slow)
 
 
 def not_run(words: list[str]) -> str | None:
@@ -141,7 +144,9 @@ def bfloat16(monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
 
 
-@pytest.mark.parametrize("page", [page for page in of_language("python") if page != SERVED], ids=name)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, marks=MARKS.get(p.name, ())) for p in of_language("python") if p != SERVED], ids=name
+)
 def test_python_blocks_run(page, folder, bfloat16):
     run_python(page.read_text(), str(page))
 

@@ -6,6 +6,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any, NoReturn, cast
 
 from trl import ModelConfig, ScriptArguments, TrlParser
@@ -211,6 +212,11 @@ class ModelArguments(ModelConfig):
                 raise ValueError(
                     f"{name}=True without use_peft: quantised weights cannot be trained. Say use_peft: true, or "
                     f"{name}: false."
+                )
+            if getattr(self, name) and find_spec("bitsandbytes") is None:
+                raise ValueError(
+                    f"{name}=True needs bitsandbytes, which is not installed: pip install bitsandbytes, or "
+                    f"say {name}: false and use_bnb_nested_quant: false."
                 )
         super().__post_init__()
 

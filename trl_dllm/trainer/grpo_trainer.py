@@ -99,14 +99,10 @@ register_lora_targets()
 class DiffusionGRPOTrainer(DiffusionTrainer, GRPOTrainer):
     """
     GRPO for masked diffusion language models (LLaDA, Dream, …), with any likelihood of `trl_dllm.likelihood`.
+    docs/metrics.md explains what it logs.
 
     Takes the arguments of TRL's [`~trl.GRPOTrainer`] (except tools and environments, which assume an autoregressive
     sampler; a `rollout_func` also returns its trajectories, see `engine.py`) and, besides:
-
-    Logs beside TRL's metrics: `sampling/steps` that a completion took and `sampling/tokens_per_forward`, means over a
-    logging window; `profile/*_seconds` of a step's parts; `flops` (counted) and `flops_paper` (d2's formula) since the
-    run began; `kl` over the vocabulary if `kl_estimator="full"`; `sampling/mismatch_kl` and `_max` between sampler and
-    scorer if `old_logps="rollout"`, or where an outside engine or an approximate cache drew the completions.
 
     Args:
         args ([`DiffusionGRPOConfig`]): a stock `GRPOConfig` works too and gets the diffusion defaults.
