@@ -123,10 +123,10 @@ def test_without_a_ratio_elbos_are_the_ablation(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio_denominator": "old"}, "ratio_denominator='old' with SandwichedBounds.*Set ratio_denominator='curr"),
-        ({"ratio_denominator": "ref"}, "ratio_denominator='ref' with SandwichedBounds"),
-        ({"beta": 0.04}, "beta=0.04 with SandwichedBounds.*no KL to take of them. Set beta=0.0"),
-        ({"beta": 0.04, "kl_estimator": "full"}, "beta=0.04 with SandwichedBounds"),
+        ({"ratio_denominator": "old"}, "ratio_denominator='old' with estimator=.spg..*Set ratio_denominator='curr"),
+        ({"ratio_denominator": "ref"}, "ratio_denominator='ref' with estimator=.spg."),
+        ({"beta": 0.04}, "beta=0.04 with estimator=.spg..*no KL to take of them. Set beta=0.0"),
+        ({"beta": 0.04, "kl_estimator": "full"}, "beta=0.04 with estimator=.spg."),
         ({"loss_type": "wd1"}, "ratio_denominator='current' with loss_type='wd1'"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5 with ratio_denominator='current'"),
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5 chooses tokens"),

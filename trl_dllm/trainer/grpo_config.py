@@ -288,12 +288,13 @@ class DiffusionGRPOConfig(DecodingArguments, GRPOConfig):
                 tokens for an estimator that leaves positions out, or the sampler's log-probs as the old policy's where
                 they are not what the estimator computes.
         """
+        given = f"estimator={self.estimator!r}" if isinstance(self.estimator, str) else type(estimator).__name__
         for name, right, what in (("ratio_denominator", "current", "ratio"), ("beta", 0.0, "KL")):
             if estimator.signed and getattr(self, name) != right:
                 raise ValueError(
-                    f"{name}={getattr(self, name)!r} with {type(estimator).__name__}, which scores a row by one bound "
-                    "or another, as its advantage is: their differences are no log-ratios of two policies, and there "
-                    f"is no {what} to take of them. Set {name}={right!r}."
+                    f"{name}={getattr(self, name)!r} with {given}, which scores a row by one bound or another, as its "
+                    "advantage is: their differences are no log-ratios of two policies, and there is no "
+                    f"{what} to take of them. Set {name}={right!r}."
                 )
         if estimator.sub_samples(self.canvas_length):
             for name, value, wrong in (
