@@ -157,6 +157,7 @@ def test_an_empty_context_and_rolling_text_have_a_bound(folder):
     assert model.loglikelihood_rolling(ask("loglikelihood_rolling", ("12",)), disable_tqdm=True)[0] < 0
 
 
+@pytest.mark.slow
 def test_the_harness_runs_from_the_command_line_without_a_gpu(folder, tmp_path):
     """The harness names a GPU where its user names no device."""
     (tmp_path / "rows.json").write_text('{"q": "1+2=", "a": "3"}\n{"q": "2+2=", "a": "4"}\n')

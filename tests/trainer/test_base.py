@@ -237,6 +237,7 @@ def fresh_compiler():
     counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grpo", "sft"])
 def test_a_compiled_model_gives_the_same_numbers_from_one_graph_a_kind_of_forward(tmp_path, fresh_compiler, kind):
     """Micro-batches and prompts change their sizes: the graphs of sampler and scorer, of the reference and of training

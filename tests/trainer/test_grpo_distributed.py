@@ -139,6 +139,7 @@ def test_ddp_equals_one_process(tmp_path, checkpoint, alone):
     compare_ddp(tmp_path, checkpoint, alone, {**{name: everything[name] for name in names}, **COUPLED})
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_reference_an_error_and_their_checkpoints(tmp_path, checkpoint):
     """Files that one of them writes are found by both, and what is not finite on one ends both."""
     resumed = {"do": "run_resumed", **STEP_MERGE}

@@ -93,6 +93,7 @@ def decoded_here(model, tokenizer, config: DiffusionGenerationConfig) -> str:
     return f"{tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)}\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_pushed_models_card_runs_from_any_folder(tmp_path, monkeypatch, kind):
     """Pushed to a Hub on localhost by one process; loaded from there by another, which has nothing else."""
