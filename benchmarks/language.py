@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from kept_logs import is_done, read_log, write_log
 from transformers import TrainerCallback
 
 from trl_dllm.command import count
@@ -101,24 +102,6 @@ def log_path(logs: Path, facts: dict[str, Any]) -> Path:
     return logs / f"{facts['model']}_words{facts['prompt_words']}_{method}_seed{facts['seed']}.jsonl"
 
 
-def read_log(path: Path) -> tuple[dict, list[dict], dict]:
-    """A finished run's facts, steps and held-out measures."""
-    facts, *steps, end = [json.loads(line) for line in path.open()]
-    return facts, steps, end
-
-
-def is_done(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether a run's log is there; raises ValueError for one that was made with other settings."""
-    if not path.exists():
-        return False
-    found = read_log(path)[0]
-    other = {key: (found.get(key), value) for key, value in facts.items() if found.get(key) != value}
-    if other:
-        said = ", ".join(f"{key}={was!r} there and {now!r} here" for key, (was, now) in other.items())
-        raise ValueError(f"{path} holds another run: {said}. Choose another --logs, or delete it.")
-    return True
-
-
 def run(args: argparse.Namespace) -> None:
     """Train what is not there yet: seed by seed, so that the first seed of every method comes first."""
     model, data_dir = prepare(Path("runs/language"), args.model, args.data_dir)
@@ -162,10 +145,7 @@ def _run_arm(args: argparse.Namespace, start: Path, data_dir: Path, model: str, 
             "seconds_of_last_session": round(time.time() - began, 1),
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         }
-        args.logs.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in (facts, *steps, end)))
-        temporary.replace(path)
+        write_log(path, facts, steps, end)
         for checkpoint in output.glob("checkpoint-*"):  # 0.8 GB each, which nothing will resume
             shutil.rmtree(checkpoint)
 

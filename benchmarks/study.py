@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from any_order_segments import AnyOrderSegments
+from kept_logs import is_done, read_log, write_log
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_dllm.command import count
@@ -257,24 +258,6 @@ def log_path(logs: Path, facts: dict[str, Any]) -> Path:
     return logs / f"{facts['task']}_{facts['slug']}_seed{facts['seed']}.jsonl"
 
 
-def read_log(path: Path) -> tuple[dict, list[dict], dict]:
-    """A finished run's facts, steps and held-out solve rates."""
-    facts, *steps, end = [json.loads(line) for line in path.open()]
-    return facts, steps, end
-
-
-def is_done(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether a run's log is there; raises ValueError for one that was made with other settings."""
-    if not path.exists():
-        return False
-    found = read_log(path)[0]
-    other = {key: (found.get(key), value) for key, value in facts.items() if found.get(key) != value}
-    if other:
-        said = ", ".join(f"{key}={was!r} there and {now!r} here" for key, (was, now) in other.items())
-        raise ValueError(f"{path} holds another run: {said}. Choose another --logs, or delete it.")
-    return True
-
-
 def run(args: argparse.Namespace) -> None:
     """Train what is not there yet: seed by seed, so that the first seed of every method comes first."""
     args.logs.mkdir(parents=True, exist_ok=True)
@@ -330,9 +313,7 @@ def run_one(args: argparse.Namespace, task: StudyTask, method: Method, seed: int
         "base": json.loads((base.parent / "sft.json").read_text()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in (facts, *steps, end)))
-    temporary.replace(path)
+    write_log(path, facts, steps, end)
     print(f"{path.stem}: {[round(m['solved'] / m['n'], 3) for m in watch.found]}, {end['seconds']} s", flush=True)
 
 

@@ -12,11 +12,13 @@ from helpers_tasks import write_reviews
 pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed: pip install 'trl-dllm[language]'")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'trl-dllm[plots]'")
 
-_spec = importlib.util.spec_from_file_location(
-    "language_comparison", Path(__file__).parents[2] / "benchmarks" / "language.py"
-)
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+_spec = importlib.util.spec_from_file_location("language_comparison", BENCHMARKS / "language.py")
 comparison = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(comparison)
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.syspath_prepend(BENCHMARKS)  # as the script finds the modules beside it
+    _spec.loader.exec_module(comparison)
 
 
 @pytest.fixture(scope="module")

@@ -94,7 +94,7 @@ def decoded_here(model, tokenizer, config: DiffusionGenerationConfig) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_pushed_models_card_runs_from_any_folder(tmp_path, monkeypatch, kind):
     """Pushed to a Hub on localhost by one process; loaded from there by another, which has nothing else."""
     monkeypatch.chdir(tmp_path)
