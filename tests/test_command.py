@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trl_dllm import command
 from trl_dllm.command import Ended, Parser, count, one_line, run_script, take_debug
@@ -128,6 +129,18 @@ def test_a_script_runs_with_what_was_parsed():
     found = []
     run_script("trl-dllm test", make_parser, found.append, ["--number", "3", "--debug"])
     assert [args.number for args in found] == [3]
+
+
+def test_a_script_leaves_the_processes_of_its_launch(tmp_path):
+    """One that ends among them now and then aborts (11 of 75 did), and torchrun then ends those that are not done."""
+    group = torch.distributed
+    store = (tmp_path / "store").as_uri()
+
+    def script(args):
+        group.init_process_group("gloo", store, rank=0, world_size=1)
+
+    run_script("t", make_parser, script, ["--number", "3"])
+    assert not group.is_initialized()
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -45,6 +45,14 @@ def run_script(prog: str, make_parser: Callable[[str], Any], main: Callable[...,
         parser = make_parser(prog)
         recipe = hasattr(parser, "parse_args_and_config")
         main(*parser.parse_args_and_config(argv) if recipe else [parser.parse_args(argv)])
+        if torch := sys.modules.get("torch"):
+            leave_group(torch.distributed)
+
+
+def leave_group(distributed: Any) -> None:
+    """Leave the processes of a launch: one that ends among them may abort in gloo's threads, and end the others."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def take_debug(argv: list[str]) -> tuple[list[str], bool]:

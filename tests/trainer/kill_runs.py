@@ -94,6 +94,7 @@ def work(folder: Path, kind: str) -> None:
         digest.update(name.encode() + value.numpy().tobytes())
     result = {"weights": digest.hexdigest(), "flops": trainer.flops.state_dict(), "log": history(trainer)[:-1]}
     (folder / f"result_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result, sort_keys=True))
+    trainer.end()  # or gloo's threads may abort this process, and torchrun ends the other before it has written
 
 
 # ------------------------------------------------------------------------------------------------------ the killer
