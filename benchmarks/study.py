@@ -43,6 +43,7 @@ from trl_dllm.likelihood import (
 )
 from trl_dllm.noise import Purpose, hash64
 from trl_dllm.reports.likelihood import exact_estimator, likelihood_report
+from trl_dllm.reports.plots import label_ends, pyplot
 from trl_dllm.scripts import grpo, init_tiny, sft
 from trl_dllm.tasks import get_task
 
@@ -648,24 +649,12 @@ PANELS = {
 }
 
 
-def spread(heights: list[float], gap: float, low: float, high: float) -> list[float]:
-    """`heights` moved apart, so that no two are closer than `gap`, inside [low, high] where there is room."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    placed = [min(max(height, low), high) for height in heights]
-    for before, index in pairwise(order):
-        placed[index] = max(placed[index], placed[before] + gap)
-    beyond = placed[order[-1]] - high if order else 0
-    for after, index in zip([None, *reversed(order)], reversed(order), strict=False):
-        limit = high if after is None else placed[after] - gap
-        placed[index] = min(placed[index], limit) if beyond > 0 else placed[index]
-    return placed
-
-
-def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
+def draw_curves(results: Results, task: str, path: Path) -> None:
     """Training reward against operations, four panels; each line is named at its end."""
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4), dpi=130, sharex=True, sharey=True)
-    budget, labels = 0.0, []
+    figure, axes = pyplot().subplots(2, 2, figsize=(9, 6.4), dpi=130, sharex=True, sharey=True)
+    budget, named = 0.0, []
     for ax, (title, slugs) in zip(axes.flat, PANELS.items(), strict=True):
+        named.append((ax, ends := []))
         for slug in slugs:
             method = METHODS_BY_SLUG[slug]
             if not results.of(task, method):
@@ -675,34 +664,11 @@ def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
             budget = max(budget, at[-1])
             ax.plot(at, mean, color=COLORS[slug], linewidth=1.6)
             ax.fill_between(at, low, high, color=COLORS[slug], alpha=0.15, linewidth=0)
-            labels.append((ax, method.name, mean[-1], COLORS[slug]))
+            ends.append((at[-1], mean[-1], method.name, COLORS[slug]))
         ax.set_title(title, fontsize=10, loc="left")
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-    bottom, top = axes[0][0].get_ylim()
-    for ax in axes.flat:
-        own = [label for label in labels if label[0] is ax]
-        places = spread([height for _, _, height, _ in own], 0.065 * (top - bottom), bottom, top)
-        for (_, name, height, color), place in zip(own, places, strict=True):
-            ax.annotate(
-                name,
-                (budget, height),
-                (1.03 * budget, place),
-                color=color,
-                fontsize=8.5,
-                va="center",
-                annotation_clip=False,
-                arrowprops={
-                    "arrowstyle": "-",
-                    "color": color,
-                    "linewidth": 0.6,
-                    "shrinkA": 1,
-                    "shrinkB": 0,
-                    "relpos": (0, 0.5),
-                },
-            )
-        ax.set_xlim(0, budget)
-        ax.set_ylim(bottom, top)
+    axes[0][0].set_xlim(0, budget)
     for ax in axes[1]:
         ax.set_xlabel("counted operations, GFLOP", fontsize=9)
     for ax in axes[:, 0]:
@@ -711,14 +677,19 @@ def draw_curves(results: Results, task: str, path: Path, pyplot) -> None:
     figure.suptitle(
         f"{task.capitalize()}: mean and range of {' to '.join(seeds[:1] + seeds[1:][-1:])} seeds", fontsize=11
     )
-    figure.tight_layout(w_pad=4)
+    figure.tight_layout()
+    figure.subplots_adjust(wspace=0.45, right=0.84)
+    for ax, ends in named:
+        label_ends(ax, ends, 8.5)
     figure.savefig(path)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
-def draw_rates(results: Results, tasks: list[str], path: Path, pyplot) -> None:
+def draw_rates(results: Results, tasks: list[str], path: Path) -> None:
     """Held-out solve rates at the end: each seed's, and the mean with its interval."""
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 5.2), dpi=130, sharey=True, squeeze=False)
+    figure, axes = pyplot().subplots(
+        1, len(tasks), figsize=(4.6 * len(tasks), 5.2), dpi=130, sharey=True, squeeze=False
+    )
     rows = {method.slug: -i - (0.6 if method.any_order else 0) for i, method in enumerate(METHODS)}
     for ax, task in zip(axes[0], tasks, strict=True):
         for method in METHODS:
@@ -747,32 +718,28 @@ def draw_rates(results: Results, tasks: list[str], path: Path, pyplot) -> None:
     axes[0][0].set_yticks(list(rows.values()), [m.name + " (any-order)" * m.any_order for m in METHODS], fontsize=8.5)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
-def draw_likelihoods(results: Results, path: Path, pyplot) -> None:
+def draw_likelihoods(results: Results, path: Path) -> None:
     """KL(exact ‖ estimate) of each estimator on the bases' own completions, and of StepMerge over N."""
     names = list(results.likelihoods)
-    figure, axes = pyplot.subplots(
-        1, len(names), figsize=(2.9 * len(names), 3.4), dpi=130, sharey=False, squeeze=False
+    figure, axes = pyplot().subplots(
+        1, len(names), figsize=(3.1 * len(names), 3.4), dpi=130, sharey=False, squeeze=False
     )
+    named = []
     for ax, name in zip(axes[0], names, strict=True):
         lines = {line["name"]: line for line in results.likelihoods[name]["lines"]}
         cuts = [line for key, line in lines.items() if key.startswith("StepMerge")]
         n = [int(line["name"].rsplit(" ", 1)[1]) for line in cuts]
         kls, errors = [line["kl"] for line in cuts], [1.96 * line["kl_error"] for line in cuts]
         ax.errorbar(n, kls, errors, color=COLORS["stepmerge_n4"], marker="o", markersize=3)
-        ends = {"StepMerge": (kls[-1], "stepmerge_n4")}
-        ends |= {
-            key: (lines[key]["kl"], slug) for key, slug in (("PKL", "pkl"), ("PKL-U", "pkl_u"), ("PKL-T", "pkl_t"))
-        }
-        top = max(max(kls), *(value for value, _ in ends.values()))
-        places = spread([value for value, _ in ends.values()], 0.07 * top, 0, 1.1 * top)
-        for (key, (value, slug)), place in zip(ends.items(), places, strict=True):
-            if key != "StepMerge":
-                ax.plot([1, n[-1]], [value, value], color=COLORS[slug], linewidth=1.2, linestyle="--")
-            style = {"color": COLORS[slug], "fontsize": 8, "va": "center", "annotation_clip": False}
-            ax.annotate(key, (n[-1], value), (n[-1] + 0.4, place), **style)
+        ends = [(n[-1], kls[-1], "StepMerge", COLORS["stepmerge_n4"])]
+        for key, slug in (("PKL", "pkl"), ("PKL-U", "pkl_u"), ("PKL-T", "pkl_t")):
+            ends.append((n[-1], lines[key]["kl"], key, COLORS[slug]))
+            ax.plot([1, n[-1]], [lines[key]["kl"]] * 2, color=COLORS[slug], linewidth=1.2, linestyle="--")
+        named.append((ax, ends))
+        top = max(*kls, *(height for _, height, *_ in ends))
         ax.set_ylim(-0.03 * top, 1.15 * top)
         task, _, base = name.partition("_")
         ax.set_title(f"{task.capitalize()}, {base.replace('_', '-')}", fontsize=9, loc="left")
@@ -781,9 +748,12 @@ def draw_likelihoods(results: Results, path: Path, pyplot) -> None:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("KL(exact ‖ estimate), nats a token", fontsize=9)
-    figure.tight_layout(w_pad=2.5)
+    figure.tight_layout()
+    figure.subplots_adjust(wspace=0.8, right=0.92)
+    for ax, ends in named:
+        label_ends(ax, ends)
     figure.savefig(path)
-    pyplot.close(figure)
+    pyplot().close(figure)
 
 
 def tables(results: Results, tasks: list[str]) -> dict[str, str]:
@@ -795,20 +765,15 @@ def tables(results: Results, tasks: list[str]) -> dict[str, str]:
 
 def draw(args: argparse.Namespace) -> dict[str, str]:
     """Draw the figures, and print and return the tables."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     results = Results(args.logs)
     found = tables(results, args.tasks)
     tasks = [task for task in args.tasks if task in found]
     args.figures.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        draw_curves(results, task, args.figures / f"study_{task}.png", pyplot)
-    draw_rates(results, tasks, args.figures / "study_held_out.png", pyplot)
+        draw_curves(results, task, args.figures / f"study_{task}.png")
+    draw_rates(results, tasks, args.figures / "study_held_out.png")
     if results.likelihoods:
-        draw_likelihoods(results, args.figures / "study_likelihood.png", pyplot)
+        draw_likelihoods(results, args.figures / "study_likelihood.png")
     for name, text in found.items():
         print(f"\n{name}\n\n{text}")
     return found

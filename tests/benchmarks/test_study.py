@@ -109,12 +109,6 @@ def test_likelihoods_and_costs_are_judged(study, tmp_path):
     assert said["a step of PKL-T costs what one of d1 does"] == "1.25 times: **contradicted**"
 
 
-def test_labels_are_moved_apart_and_stay_inside(study):
-    assert study.spread([0.5, 0.5, 0.1], 0.1, 0, 1) == pytest.approx([0.5, 0.6, 0.1])
-    placed = study.spread([0.95, 0.99, 1.0], 0.1, 0, 1)
-    assert placed == pytest.approx([0.8, 0.9, 1.0])
-
-
 def test_any_order_segments_are_exact_with_a_cut_a_step_and_the_mean_field_with_one(study):
     model, tokenizer = create_tiny_model()
     prompt = tokenizer(["2041000014020010=", "12="], return_tensors="pt", padding=True)

@@ -60,6 +60,7 @@ def label_ends(axes, ends: Sequence[tuple[float, float, str, str]], size: float 
     gap = 1.25 * size * figure.dpi / 72 / height
     inside = axes.transData + axes.transAxes.inverted()
     wanted = [inside.transform((x, y))[1] for x, y, *_ in ends]
+    line = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2, "relpos": (0, 0.5)}
     for (x, y, name, color), at in zip(ends, spread(wanted, gap), strict=True):
         axes.annotate(
             name,
@@ -70,7 +71,7 @@ def label_ends(axes, ends: Sequence[tuple[float, float, str, str]], size: float 
             color=color,
             fontsize=size,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 2},
+            arrowprops=line | {"color": color},
         )
 
 
@@ -250,11 +251,7 @@ def plot_language(learned: list[dict], improved: list[dict], path: str | Path, t
         improved (`list[dict]`): of GRPO, with `reward`, `kl` where there is one, and `completions/mean_length`.
         path (`str`): the PNG to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     panels = [
         (learned, "loss", "SFT: loss, nats a position"),
         (improved, "reward", "GRPO: reward"),
