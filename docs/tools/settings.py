@@ -37,7 +37,8 @@ SECTIONS: dict[str, tuple[str, type, type | None]] = {
         GRPOConfig,
     ),
     "Decoding": (
-        "Fields of `DiffusionGRPOConfig` and `DiffusionGenerationConfig`; flags of `generate`, `eval` and `report`.",
+        "Fields of `DiffusionGRPOConfig` and `DiffusionGenerationConfig`; flags of `generate`, `eval`, `report` and "
+        "`trace`.",
         DecodingArguments,
         None,
     ),

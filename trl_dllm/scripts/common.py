@@ -143,7 +143,10 @@ class TaskArguments(ScriptArguments):
     )
     num_train_examples: int = field(default=4096, metadata={"help": "Training examples to generate or take."})
     num_eval_examples: int = field(default=512, metadata={"help": "Evaluation examples to generate or take."})
-    data_dir: str | None = field(default=None, metadata={"help": "Local folder with the task's data."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Local folder with the task's data, instead of the Hub. None takes that of TRL_DLLM_DATA."},
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Load no weights: run a step on fake tensors, print batches, FLOPs and memory, and stop."},
