@@ -78,4 +78,4 @@ def test_nodes_and_gpus_keep_the_batch_of_the_recipe():
         gpus = int(given.get("--num_processes", 8))
         found.setdefault(given["--config"], []).append(gpus * steps * args.per_device_train_batch_size)
     assert set(found["llada_8b/grpo/gsm8k_justgrpo"]) == {128}
-    assert found["llada_8b/grpo/gsm8k_step_merge"] == [12, 96, 96, 96], "the first is the recipe as it is"
+    assert found["llada_8b/grpo/gsm8k_step_merge"] == [12, 96, 96, 96, 96], "the first is the recipe as it is"
