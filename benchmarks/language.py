@@ -127,10 +127,10 @@ def _run_arm(args: argparse.Namespace, start: Path, data_dir: Path, model: str, 
         # One base for all seeds: what differs between them is RL alone.
         base, steps = folder / "sft", ["--max_steps", str(sft_steps)]
         train(sft, arm.sft, start, data_dir, base, 0, *steps, *of_task, callbacks=[])
-        before = examine(base, base, folder / "before", rows, seed=0)
         began, output = time.time(), folder / path.stem
         more = [*arm.changes, *of_task, "--max_steps", "100000"]
         history = train(grpo, recipe, base, data_dir, output, seed, *more, callbacks=[StopAtFlops(args.flops)])
+        before = examine(base, base, folder / "before", rows, seed=0, decoded_as=output)
         after = examine(output, base, folder / f"{path.stem}_after", rows, seed=0)
         samples = [json.loads(line) for line in (folder / f"{path.stem}_after" / "samples.jsonl").open()]
         steps = [

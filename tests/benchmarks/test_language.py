@@ -77,6 +77,9 @@ def test_the_methods_of_a_masked_diffusion_model_train_on_one(arguments, tmp_pat
     (row,) = comparison.main(argparse.Namespace(**{**vars(arguments), **argv}))
     assert row[:4] == ("masked", 3, "PKL-U, 8 at once", 1)
     assert [path.name for path in argv["logs"].iterdir()] == ["masked_words3_pkl_u_seed0.jsonl"]
+    of = [json.loads(path.read_text())["of"] for path in (arguments.runs / "masked_words3").glob("*/summary.json")]
+    assert len(of) == 2 and of[0]["model"] != of[1]["model"], "the base, and what came of it"
+    assert of[0]["generation"] == of[1]["generation"] and "remasking='random'" in of[0]["generation"], of
 
 
 def test_every_file_that_is_kept_is_a_whole_log():
