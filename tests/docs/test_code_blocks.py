@@ -52,7 +52,7 @@ NOT_RUN = {
             ("sft", "--accelerate_config"),
         )
     },
-    "accelerate launch": "it takes the GPUs of a machine; tests/test_evaluation.py launches that script on two processes",
+    "accelerate launch": "it takes the GPUs of a machine; tests/test_evaluation.py launches it on two processes",
     "python benchmarks/any_order_comparison.py": "it trains for four minutes a seed",
     "python benchmarks/language.py": "it trains for hours; tests/benchmarks/test_language.py runs it at toy size",
     "python benchmarks/study.py": "it trains for an hour; tests/benchmarks/test_study.py runs it at toy size",
