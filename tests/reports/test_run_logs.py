@@ -50,6 +50,12 @@ def test_runs_of_other_settings_or_without_any_word_of_them_are_lines_of_their_o
     assert labels(f"{tmp_path}/c", f"c={tmp_path}/d") == {"c": [None], "c (2)": [None]}
 
 
+def test_a_label_has_no_part_of_a_seed(save, tmp_path):
+    for seed in (1, 10, 11):
+        save(f"pkl_4_seed{seed}", log([0.0]), seed=seed)
+    assert labels(str(tmp_path)) == {"pkl_4": [1, 10, 11]}
+
+
 def test_weights_follow_the_seed_only_where_the_seeds_differ(save, tmp_path):
     """One seed from two starting points, each with two seeds: two lines."""
     for start in "pq":

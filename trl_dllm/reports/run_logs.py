@@ -263,6 +263,8 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         names = [str(run.folder.resolve().relative_to(base)) for run in group] if group[0].label is None else []
         label = group[0].label or os.path.commonprefix(names)  # noqa: RUF071  letters are meant, not folders
         if len(names) > 1:
+            if any(name[len(label) :][:1].isdigit() for name in names):  # of seeds 10 and 11 it would be seed 1
+                label = label.rstrip("0123456789")
             label = re.sub(r"(^|[-_./]+)(seed|s)?[-_./=]*$", "", label) or base.name
         number = next(n for n in range(1, len(groups) + 1) if _numbered(label, n) not in labels)
         labels.append(_numbered(label, number))
@@ -275,7 +277,7 @@ def _numbered(label: str, number: int) -> str:
 
 def check_scale(groups: Sequence[Group], column: str) -> None:
     """Raise ValueError where rewards are compared that are no one scale: other tasks, or other reward functions."""
-    if not column.startswith("reward"):
+    if not column.removeprefix("eval_").startswith("reward"):
         return
     first, *others = (group.runs[0] for group in groups)
     for run in others:
