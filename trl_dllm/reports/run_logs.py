@@ -105,7 +105,7 @@ class Group:
 def read_run(folder: str | Path, label: str | None = None) -> Run | None:
     """The run in a folder: its log is in the folder, or, of an unfinished run, in its newest checkpoint.
 
-    None where there is no log.
+    A run that was finished and then resumed to go further is unfinished. None where there is no log.
 
     Raises:
         ValueError: a log that cannot be read.
@@ -114,16 +114,22 @@ def read_run(folder: str | Path, label: str | None = None) -> Run | None:
     numbered = [
         (int(path.name.split("-")[-1]), path) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()
     ]
-    for place in (folder, *(path for _, path in sorted(numbered, reverse=True))):
-        if (place / STATE).is_file():
-            try:
-                log = json.loads((place / STATE).read_text())["log_history"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{place / STATE} cannot be read ({error}). Delete the file, or name other runs."
-                ) from error
-            return Run(folder, log, label, Fingerprint.read(folder) or Fingerprint.read(place))
-    return None
+    saved = next(((n, path) for n, path in sorted(numbered, reverse=True) if (path / STATE).is_file()), None)
+    place, log = None, []
+    if (folder / STATE).is_file():
+        place, log = folder, _read_log(folder)
+    if saved is not None and saved[0] > max((entry.get("step", 0) for entry in log), default=-1):
+        further = _read_log(saved[1])
+        if place is None or further[:1] == log[:1]:  # else an older run's, in the folder of another
+            place, log = saved[1], further
+    return Run(folder, log, label, Fingerprint.read(folder) or Fingerprint.read(place)) if place else None
+
+
+def _read_log(place: Path) -> list[dict]:
+    try:
+        return json.loads((place / STATE).read_text())["log_history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place / STATE} cannot be read ({error}). Delete the file, or name other runs.") from error
 
 
 def read_runs(words: Sequence[str]) -> list[Run]:
