@@ -172,6 +172,11 @@ def test_what_is_no_trajectory_is_refused_with_its_line(tmp_path, change, messag
         read_rollout(path, MASK, VOCAB)
 
 
+def test_a_canvas_without_positions_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"line 1: canvas_ids=\[\] has no positions"):
+        read_rollout(write(tmp_path, {**GOOD, "canvas_ids": [], "step_maps": [], "steps": 4}))
+
+
 def test_a_file_without_lines_or_mask_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"theirs\.jsonl has no lines: a trajectory is a line with prompt_ids"):
         read_lines(write(tmp_path, ""))

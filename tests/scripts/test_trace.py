@@ -130,6 +130,7 @@ def test_exact_is_what_the_sampler_saw_however_it_decodes(tmp_path, family, conf
         (["--rollouts", "a.jsonl", "--compare", "m"], r"compare='m' with rollouts='a\.jsonl': the file has its"),
         (["--rollouts", "a.jsonl", "--prompt", "m"], r"prompt=\['m'\] with rollouts"),
         (["--rollouts", "none.jsonl"], r"none\.jsonl"),
+        (["--rollouts", "none.jsonl", "--dry_run"], r"dry_run=True with rollouts='none\.jsonl'"),
         (["--task", "sudoku", "--cfg_scale", "1.5"], r"cfg_scale=1\.5: the estimators do not follow guidance"),
         (
             ["--task", "sudoku", "--output", "."],

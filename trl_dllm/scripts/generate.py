@@ -105,6 +105,7 @@ def main(args: argparse.Namespace) -> list[str]:
         print(f"{prompt}{text}")
     if args.save_rollouts:
         facts = {"decoding": config.decoding, "block_length": config.block_length}
+        facts |= {"cfg_scale": config.cfg_scale} if config.cfg_scale else {}
         write_rollout(args.save_rollouts, rollout, tokenizer, **facts)
     return texts
 
