@@ -132,7 +132,7 @@ def finished(tmp_path, log, main=True, best=None, task="sudoku", **args):
     defaults = {"output_dir": str(tmp_path), "metric_for_best_model": None, "load_best_model_at_end": False}
     trainer = SimpleNamespace(state=state, fingerprint=None, model=args.pop("model", object()))
     trainer.args, trainer.is_world_process_zero = SimpleNamespace(**{**defaults, **args}), lambda: main
-    return trainer, SimpleNamespace(task=task, task_kwargs={"min_blanks": 6} if task else None)
+    return trainer, SimpleNamespace(task=task, task_kwargs={"min_blanks": 6} if task else None, data_dir=None)
 
 
 def history(steps: int, evaluated=()) -> list[dict]:
@@ -168,6 +168,12 @@ def test_the_next_command_names_task_adapter_and_base(tmp_path):
         f"trl-dllm eval {model} --task sudoku {kwargs} --output_dir '{tmp_path}/a b/eval'",
     )
     assert generate == f'trl-dllm generate {model} --prompt "…"'
+    trainer, script_args = finished(tmp_path, history(2))
+    script_args.data_dir = "my data"
+    assert (
+        "--task_kwargs '{\"min_blanks\": 6}' --data_dir 'my data' --output_dir"
+        in dict(summary(trainer, script_args))["next"]
+    )
     *_, last = summary(*finished(tmp_path, history(2), task=None))
     assert last == ("next", f'trl-dllm generate --model_name_or_path {tmp_path} --prompt "…"')
 
