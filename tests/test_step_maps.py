@@ -159,6 +159,10 @@ def test_a_foreign_line_needs_three_fields(tmp_path):
         ({"blocks": {"size": 0, "causal": True}}, "blocks: size=0 must be a whole number of at least 1"),
         ({"blocks": {"size": 2, "causal": True, "alignment": "left"}}, "block_alignment='left' is unknown"),
         ({"blocks": {"size": 2, "causal": True}, "step_maps": [2, 1, 1, 0]}, "step 0 revealed a position of block 1"),
+        (
+            {"blocks": {"size": 1, "causal": True}, "canvas_ids": [7, MASK, 8, MASK], "step_maps": [2, 0, 1, 0]},
+            "step 0 revealed a position of block 2",
+        ),
         ({"support": [7, 8, 1, 3]}, r"support\[0\]=7 must be a list of ids"),
     ],
     ids=str,
