@@ -14,6 +14,7 @@ the files alone. Runs at low priority.
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from kept_logs import is_done, read_log, write_log
+from over_seeds import Interval, over_seeds
 from transformers import TrainerCallback
 
 from trl_dllm.command import count
@@ -61,6 +63,16 @@ MODELS = {
     "blocks8": Model("any-order, blocks of 8", "smollm2/sft/reviews_blocks", 1500, D2, OF_BLOCKS),
     "masked": Model("masked diffusion", "smollm2/sft/reviews_masked", 420, PADRE),
 }
+CLAIMS = (  # source, method, what it is compared with (None: the base), whether it is said to be the higher
+    ("d2 Tab. 3", "AnyOrder", "StepMerge, N = 4", True),
+    ("d2 Fig. 6", "AnyOrder", None, True),
+    ("d2 Fig. 6", "AnyOrder", "diffu-GRPO", True),
+    ("d2 Fig. 6", "diffu-GRPO", None, False),
+    ("d2 Tab. 2", "AnyOrder", "DDPO", True),
+    ("PADRE Tab. 1", "PKL, 8 positions", "masked diffu-GRPO", True),
+    ("PADRE Tab. 1", "PKL-U, 8 at once", "masked diffu-GRPO", True),
+    ("PADRE Tab. 1", "PKL, 8 positions", "PKL-U, 8 at once", True),
+)
 COLORS = dict(zip(D2 + PADRE, ("C0", "C1", "C2", "C3", "C2", "C4", "C5"), strict=True))
 LOGGED = ("step", "flops", "flops_paper", "reward", "reward_std", "kl", "entropy", "grad_norm")
 LENGTH = "completions/mean_length"
@@ -127,10 +139,10 @@ def _run_arm(args: argparse.Namespace, start: Path, data_dir: Path, model: str, 
         # One base for all seeds: what differs between them is RL alone.
         base, steps = folder / "sft", ["--max_steps", str(sft_steps)]
         train(sft, arm.sft, start, data_dir, base, 0, *steps, *of_task, callbacks=[])
-        before = examine(base, base, folder / "before", rows, seed=0)
         began, output = time.time(), folder / path.stem
         more = [*arm.changes, *of_task, "--max_steps", "100000"]
         history = train(grpo, recipe, base, data_dir, output, seed, *more, callbacks=[StopAtFlops(args.flops)])
+        before = examine(base, base, folder / "before", rows, seed=0, decoded_as=output)
         after = examine(output, base, folder / f"{path.stem}_after", rows, seed=0)
         samples = [json.loads(line) for line in (folder / f"{path.stem}_after" / "samples.jsonl").open()]
         steps = [
@@ -154,11 +166,30 @@ def _measures(summary: dict) -> dict:
     return {key: value for key, value in summary.items() if key != "of"}
 
 
-def pooled(measures: list[dict]) -> dict:
-    """Means over seeds; the interval is that of the completions of all of them."""
-    mean = {key: sum(each[key] for each in measures) / len(measures) for key in measures[0]}
-    half = sum(((each["high"] - each["low"]) / 2) ** 2 for each in measures) ** 0.5 / len(measures)
-    return {**mean, "low": mean["mean"] - half, "high": mean["mean"] + half}
+def _error(measures: dict) -> float:
+    """Standard error of a score over its completions."""
+    return (measures["high"] - measures["low"]) / (2 * 1.96)
+
+
+def after(runs: list[tuple]) -> dict[str, float]:
+    """Held-out measures at the end of one method's seeds: means, and the score's interval over seeds."""
+    ends = [end["after"] for _, _, end in runs]
+    mean = {key: sum(each[key] for each in ends) / len(ends) for key in ends[0]}
+    score = over_seeds([each["mean"] for each in ends], [_error(each) for each in ends])
+    return {**mean, "low": score.low, "high": score.high}
+
+
+def difference(one: list[tuple], other: list[tuple] | None) -> Interval | None:
+    """Held-out score of `one` method's seeds minus that of another's, or of the base; None without a common seed."""
+    a = {facts["seed"]: end["after"] for facts, _, end in one}
+    b = {facts["seed"]: end["before" if other is None else "after"] for facts, _, end in other or one}
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return None
+    values, own, theirs = zip(*((a[s]["mean"] - b[s]["mean"], _error(a[s]), _error(b[s])) for s in seeds), strict=True)
+    if other is None:  # all seeds have one base
+        return over_seeds(values, own, shared=theirs[0])
+    return over_seeds(values, [math.hypot(*pair) for pair in zip(own, theirs, strict=True)])
 
 
 def interval(measures: dict) -> str:
@@ -167,6 +198,19 @@ def interval(measures: dict) -> str:
 
 def _of(runs: list[tuple], model: str, words: int) -> list[tuple]:
     return [run for run in runs if (run[0]["model"], run[0]["prompt_words"]) == (model, words)]
+
+
+def print_claims(runs: list[tuple], arms: list[tuple[str, int]]) -> None:
+    """What the papers say, by the differences of held-out scores."""
+    print("\n| claim | model | prompts | difference in score | |\n|---|---|---|---|---|")
+    for source, one, other, more in CLAIMS:
+        for model, words in arms:
+            a, b = ([run for run in _of(runs, model, words) if run[0]["method"] == name] for name in (one, other))
+            found = difference(a, b if other else None) if a and (b or not other) else None
+            if found:
+                said = f"{one} {'above' if more else 'no higher than'} {other or 'the base'}"
+                verdict = found.verdict(more)
+                print(f"| {source}: {said} | {MODELS[model].title} | {words or 'none'} | {found.text()} | {verdict} |")
 
 
 def draw(logs: Path, figure_path: Path) -> list[tuple]:
@@ -199,19 +243,20 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
             mean = np.mean([np.interp(grid, *line) for line in lines], axis=0)
             ax.plot(grid, mean, color=COLORS[name], linewidth=2)
             ends.append((grid[-1], mean[-1], name.removeprefix("masked "), COLORS[name]))
-            before, after = found[0][2]["before"], pooled([end["after"] for _, _, end in found])
+            before, end = found[0][2]["before"], after(found)
             taken = sum(len(steps) for _, steps, _ in found) / len(found)
-            table.append((model, words, name, len(found), before["mean"], after["mean"]))
-            each = ", ".join(f"{end['after']['mean']:.2f}" for _, _, end in found)
+            table.append((model, words, name, len(found), before["mean"], end["mean"]))
+            each = ", ".join(f"{one['after']['mean']:.2f}" for _, _, one in found)
             print(
                 f"| {MODELS[model].title} | {words or 'none'} | {name} | {len(found)} | {taken:.0f} "
-                f"| {interval(before)} | {interval(after)} | {each} "
-                f"| {after['distinct_2']:.2f} | {before['cross_entropy']:.2f} to {after['cross_entropy']:.2f} |"
+                f"| {interval(before)} | {interval(end)} | {each} "
+                f"| {end['distinct_2']:.2f} | {before['cross_entropy']:.2f} to {end['cross_entropy']:.2f} |"
             )
         ax.set(xlabel="TFLOPs (counted)", xlim=(0, None))
         ax.set_title(f"{MODELS[model].title}, {f'{words}-word prompts' if words else 'no prompts'}", fontsize=10)
         ax.grid(alpha=0.3)
         panels.append((ax, ends))
+    print_claims(runs, arms)
     axes[0][0].set_ylabel("training reward (VADER), mean of the last 5 steps")
     figure.tight_layout()
     figure.subplots_adjust(wspace=0.4, right=0.86)

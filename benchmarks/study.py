@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from any_order_segments import AnyOrderSegments
 from kept_logs import is_done, read_log, write_log
+from over_seeds import Interval, over_seeds
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_dllm.command import count
@@ -360,41 +361,6 @@ def likelihoods(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What the logs say
 
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % points
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with its 95 % interval: the wider of Student's over seeds and of the binomials' over puzzles.
-
-    Three seeds that happen to agree better than their numbers of puzzles allow would make Student's alone too narrow.
-    """
-
-    mean: float
-    low: float
-    high: float
-    values: tuple[float, ...]
-
-    def __str__(self) -> str:
-        above = sum(value > 0 for value in self.values)
-        seeds = f"above 0 in {above} of {len(self.values)} seed{'s' * (len(self.values) > 1)}"
-        return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f}), {seeds}"
-
-    def verdict(self, positive: bool = True) -> str:
-        """Of a claim that the mean is above 0 (or below it)."""
-        if self.low <= 0 <= self.high:
-            return "undecided"
-        return "borne out" if (self.low > 0) == positive else "contradicted"
-
-
-def over_seeds(values: list[float], errors: list[float]) -> Interval:
-    """Of one value a seed and its standard error over puzzles."""
-    mean, number = statistics.fmean(values), len(values)
-    half = 1.96 * math.hypot(*errors) / number
-    if number > 1:
-        half = max(half, STUDENT[number - 1] * statistics.stdev(values) / math.sqrt(number))
-    return Interval(mean, mean - half, mean + half, tuple(values))
-
 
 class Results:
     """All finished runs of a folder."""
@@ -434,8 +400,12 @@ class Results:
         a = self.rates(task, one, mark)
         b = self.rates(task, other, mark if other_mark is None else other_mark)
         seeds = sorted(a.keys() & b.keys())
-        errors = [math.hypot(a[seed][1], b[seed][1]) for seed in seeds]
-        return over_seeds([a[seed][0] - b[seed][0] for seed in seeds], errors) if seeds else None
+        if not seeds:
+            return None
+        differences = [a[seed][0] - b[seed][0] for seed in seeds]
+        if other_mark == 0:  # all seeds have one base
+            return over_seeds(differences, [a[seed][1] for seed in seeds], shared=b[seeds[0]][1])
+        return over_seeds(differences, [math.hypot(a[seed][1], b[seed][1]) for seed in seeds])
 
     def flops_a_step(self, task: str, method: Method) -> float:
         return statistics.fmean(steps[-1]["flops"] / len(steps) for _, steps, _ in self.of(task, method).values())
@@ -511,7 +481,7 @@ def judge(results: Results, claim: Claim, task: str) -> str:
         found = results.difference(task, one, one, claim.mark, other_mark=0)
     else:
         found = results.difference(task, one, METHODS_BY_SLUG[claim.other], claim.mark)
-    return f"{found}: **{found.verdict(claim.more)}**" if found else "not run"
+    return f"{found.text(100, 1)}: **{found.verdict(claim.more)}**" if found else "not run"
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -77,6 +77,9 @@ def test_the_methods_of_a_masked_diffusion_model_train_on_one(arguments, tmp_pat
     (row,) = comparison.main(argparse.Namespace(**{**vars(arguments), **argv}))
     assert row[:4] == ("masked", 3, "PKL-U, 8 at once", 1)
     assert [path.name for path in argv["logs"].iterdir()] == ["masked_words3_pkl_u_seed0.jsonl"]
+    of = [json.loads(path.read_text())["of"] for path in (arguments.runs / "masked_words3").glob("*/summary.json")]
+    assert len(of) == 2 and of[0]["model"] != of[1]["model"], "the base, and what came of it"
+    assert of[0]["generation"] == of[1]["generation"] and "remasking='random'" in of[0]["generation"], of
 
 
 def test_every_file_that_is_kept_is_a_whole_log():
@@ -85,3 +88,28 @@ def test_every_file_that_is_kept_is_a_whole_log():
         assert comparison.log_path(path.parent, facts) == path and facts["method"] in comparison.RECIPES
         assert steps[-1]["flops"] >= facts["flops_budget"] and {"before", "after", "samples"} <= set(end)
         assert json.dumps(facts) == path.open().readline().strip()
+
+
+def run_of(method: str, seed: int, before: float, after: float) -> tuple:
+    measures = [{"mean": mean, "low": mean - 0.098, "high": mean + 0.098} for mean in (before, after)]
+    facts = {"method": method, "model": "blocks1", "prompt_words": 3, "seed": seed}
+    return facts, [], dict(zip(("before", "after"), measures, strict=True))
+
+
+def test_methods_are_compared_over_common_seeds_and_all_with_one_base(capsys):
+    one = [run_of("AnyOrder", seed, 0.1, value) for seed, value in enumerate((0.5, 0.6, 0.9))]
+    other = [run_of("DDPO", seed, 0.1, value) for seed, value in enumerate((0.4, 0.7))]
+    assert comparison.difference(one, other).values == pytest.approx((0.1, -0.1))
+    base = comparison.difference(one, None)
+    student = 4.303 * 0.2081666 / 3**0.5
+    assert base.mean == pytest.approx(1.7 / 3) and base.high - base.mean == pytest.approx(
+        (student**2 + 0.098**2) ** 0.5, abs=1e-4
+    )
+    assert comparison.difference(one, [run_of("DDPO", 5, 0.1, 0.3)]) is None
+    comparison.print_claims([*one, *other], [("blocks1", 3)])
+    said = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split(" | ")[0] for line in said] == [
+        "| d2 Fig. 6: AnyOrder above the base",
+        "| d2 Tab. 2: AnyOrder above DDPO",
+    ], "the others have no runs"
+    assert said[0].endswith("above 0 in 3 of 3 seeds | borne out |") and said[1].endswith("1 of 2 seeds | undecided |")

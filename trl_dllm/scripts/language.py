@@ -131,8 +131,17 @@ def load(folder: Path):
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_size: int = 32) -> dict[str, Any]:
-    """What a model writes behind held-out prompts: one completion each, one token a step, decoded as it was trained.
+def examine(
+    folder: Path,
+    judge: Path,
+    output: Path,
+    rows,
+    seed: int = 0,
+    batch_size: int = 32,
+    decoded_as: Path | None = None,
+) -> dict[str, Any]:
+    """What a model writes behind held-out prompts: one completion each, one token a step, decoded as it was trained,
+    or as the model of `decoded_as` was.
 
     Kept in `output`: `samples.jsonl`, and `summary.json` with VADER's score and its 95 % interval over the prompts,
     distinct-1 and distinct-2 of 64 completions, tokens and the share that ended, and `cross_entropy`, nats a token
@@ -140,7 +149,7 @@ def examine(folder: Path, judge: Path, output: Path, rows, seed: int = 0, batch_
     are those of the same models and rows, nothing is run.
     """
     prompts = list(rows["prompt"])
-    saved, _ = saved_decoding_config([str(folder)], {"temperature": 1.0})
+    saved, _ = saved_decoding_config([str(decoded_as or folder)], {"temperature": 1.0})
     config = replace(saved, diffusion_steps=saved.max_new_tokens)  # SFT leaves open how many tokens a step reveals
     of = {"model": model_identity(str(folder)), "judge": model_identity(str(judge)), "prompts": prompts, "seed": seed}
     of |= {"generation": repr(config)}
