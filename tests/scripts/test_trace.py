@@ -137,6 +137,8 @@ def test_exact_is_what_the_sampler_saw_however_it_decodes(tmp_path, family, conf
             r"output='\.' is a folder; name the file to write, such as trace\.html",
         ),
         (["--task", "sudok"], "did you mean 'sudoku'"),
+        (["--task", "sudoku", "--compare", "no/model"], "compare='no/model' cannot be read"),
+        (["--task", "sudoku", "--compare_adapter", "no/adapter"], "compare_adapter='no/adapter' cannot be read"),
     ],
 )
 def test_what_is_to_be_mended_ends_with_one_line(model, tmp_path, monkeypatch, argv, message):
