@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % points
+from trl_dllm.reports.samples import t_quantile
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,6 @@ def over_seeds(values: Sequence[float], errors: Sequence[float], shared: float =
     mean, number = statistics.fmean(values), len(values)
     half = 1.96 * math.hypot(*errors) / number
     if number > 1:
-        half = max(half, STUDENT[number - 1] * statistics.stdev(values) / math.sqrt(number))
+        half = max(half, t_quantile(number - 1) * statistics.stdev(values) / math.sqrt(number))
     half = math.hypot(half, 1.96 * shared)
     return Interval(mean, mean - half, mean + half, tuple(values))

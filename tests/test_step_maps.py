@@ -159,6 +159,10 @@ def test_a_foreign_line_needs_three_fields(tmp_path):
         ({"blocks": {"size": 0, "causal": True}}, "blocks: size=0 must be a whole number of at least 1"),
         ({"blocks": {"size": 2, "causal": True, "alignment": "left"}}, "block_alignment='left' is unknown"),
         ({"blocks": {"size": 2, "causal": True}, "step_maps": [2, 1, 1, 0]}, "step 0 revealed a position of block 1"),
+        (
+            {"blocks": {"size": 1, "causal": True}, "canvas_ids": [7, MASK, 8, MASK], "step_maps": [2, 0, 1, 0]},
+            "step 0 revealed a position of block 2",
+        ),
         ({"support": [7, 8, 1, 3]}, r"support\[0\]=7 must be a list of ids"),
     ],
     ids=str,
@@ -170,6 +174,11 @@ def test_what_is_no_trajectory_is_refused_with_its_line(tmp_path, change, messag
     path = write(tmp_path, GOOD, "", bad)
     with pytest.raises(ValueError, match=rf"theirs.jsonl, line 3: {message}"):
         read_rollout(path, MASK, VOCAB)
+
+
+def test_a_canvas_without_positions_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"line 1: canvas_ids=\[\] has no positions"):
+        read_rollout(write(tmp_path, {**GOOD, "canvas_ids": [], "step_maps": [], "steps": 4}))
 
 
 def test_a_file_without_lines_or_mask_is_refused(tmp_path):

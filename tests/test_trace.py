@@ -144,6 +144,18 @@ def test_a_page_that_would_be_too_large_leaves_out_its_last_completions(tmp_path
     assert write_page(tmp_path / "one.html", data, largest=10) == 1, "one is always there"
 
 
+def test_what_fits_onto_a_page_is_found_by_halving(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("trl_dllm.trace._embedded", lambda data: made.append(data) or "x" * len(data["examples"]))
+    data = page_data("", [traced(rollout_for_tests(dtype=torch.float32))])
+    write_page(tmp_path / "one.html", data, largest=10)
+    empty = (tmp_path / "one.html").stat().st_size - 1
+    made.clear()
+    assert write_page(tmp_path / "some.html", {**data, "examples": data["examples"] * 100}, largest=empty + 123) == 123
+    assert (tmp_path / "some.html").stat().st_size == empty + 123 and len(made) < 15
+    assert made[-1]["left_out"] == 377
+
+
 # ---------------------------------------------------------------------------------------------------------- its tokens
 
 

@@ -11,7 +11,8 @@ A line is a completion:
 - `mask_token_id`, `temperature` (1 if missing), `steps` of the schedule (null if each row took its own number);
 - `blocks`, of a block-causal model or a canvas that grew: the fields of `Blocks`;
 - `support`, where the draw was truncated (top-k, top-p, min-p): the tokens that could be drawn, a list a position;
-- `decoding`, which says whose log-probs `trl-dllm report` compares with ("denoising" if missing);
+- `decoding`, which says whose log-probs `trl-dllm report` compares with ("denoising" if missing), and `cfg_scale` of
+  guidance, which no estimator follows (0 if missing);
 - `rewards` by name and `block_length` of the sampler, which `trl-dllm trace` shows;
 - `prompt` and `completion` as text, and whatever else: nobody reads it.
 
@@ -162,6 +163,8 @@ def _read_line(
         )
     end = 2**31 if vocab_size is None else vocab_size
     length = len(first["canvas_ids"])
+    if not length:
+        raise ValueError(f"{where}canvas_ids=[] has no positions: give the whole canvas, also behind the EOS.")
     whole = f"the canvas of the first line {length}"
     check_numbers(f"{where}prompt_ids", line["prompt_ids"], None, 0, end)
     check_numbers(f"{where}canvas_ids", line["canvas_ids"], length, 0, end, whole)

@@ -5,6 +5,7 @@
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -124,16 +125,19 @@ def write_page(path: str | Path, data: Mapping[str, Any], largest: int = LARGEST
         The number of completions on the page.
     """
     head, tail = resources.files(__package__).joinpath("trace.html").read_text(encoding="utf-8").split("{{data}}")
-    examples = list(data["examples"])
-    while True:
-        text = _embedded({**data, "examples": examples, "left_out": len(data["examples"]) - len(examples)})
-        page = (head + text + tail).encode()
-        if len(page) <= largest or len(examples) == 1:
-            break
-        examples.pop()
+    examples = data["examples"]
+
+    def page(shown: int) -> bytes:
+        part = {**data, "examples": examples[:shown], "left_out": len(examples) - shown}
+        return (head + _embedded(part) + tail).encode()
+
+    shown, content = len(examples), page(len(examples))
+    if len(content) > largest:
+        shown = max(1, bisect_right(range(1, shown), largest, key=lambda n: len(page(n))))
+        content = page(shown)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(page)
-    return len(examples)
+    Path(path).write_bytes(content)
+    return shown
 
 
 def read_page(path: str | Path) -> dict[str, Any]:

@@ -19,7 +19,9 @@ def test_the_wider_of_seeds_and_examples_is_taken():
     agreeing = module.over_seeds([0.5, 0.5, 0.5], [0.1, 0.1, 0.1])
     assert agreeing.high - agreeing.mean == pytest.approx(1.96 * 0.1 / math.sqrt(3))
     apart = module.over_seeds([0.0, 0.5, 1.0], [0.1, 0.1, 0.1])
-    assert apart.high - apart.mean == pytest.approx(4.303 * 0.5 / math.sqrt(3))
+    assert apart.high - apart.mean == pytest.approx(4.3026527 * 0.5 / math.sqrt(3))
+    many = module.over_seeds([0.0, 1.0] * 5, [0.1] * 10)
+    assert many.high - many.mean == pytest.approx(2.2622 * (10 / 36) ** 0.5 / 10**0.5, rel=1e-4), "of ten seeds"
 
 
 def test_more_seeds_do_not_make_the_one_base_surer():

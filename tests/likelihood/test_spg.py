@@ -88,8 +88,10 @@ def test_value_and_gradient_equal_a_slow_oracle(models, family, settings):
     with torch.no_grad():  # not known, or (B, L) as where an engine's weights are in it
         unknown = token_logps(model, rollout, estimator, temperature=1.0, iteration=1)
         torch.testing.assert_close(unknown.logps.sum(dim=1), lower, atol=1e-9, rtol=0)
-        table = replace(rollout, advantages=SIGNS[:, None] * torch.rand(rollout.counted.shape))
-        same = token_logps(model, table, estimator, temperature=1.0, iteration=1)
+        table = SIGNS[:, None] * torch.rand(rollout.counted.shape)
+        table[:, 0] = 0  # a weight that `token_mask` has taken
+        weighted = replace(rollout, advantages=table)
+        same = token_logps(model, weighted, estimator, temperature=1.0, iteration=1)
         torch.testing.assert_close(same.logps, scores.logps)
 
 
@@ -144,6 +146,13 @@ def test_draws_are_uniform_in_blocks_and_in_sizes_and_then_among_sets():
             _, count = torch.unique(codes(inside[size == 1]), return_counts=True)
             assert len(count) == positions and chi_square_p(count, [count.sum() / positions] * positions) > 1e-3
         assert mask[of_first][:, 4:].all() and not mask[:, 3].any()
+
+
+def test_more_draws_than_blocks_take_them_in_turn():
+    """Two of three blocks have counted positions: of four draws two are of each."""
+    rollout, estimator = many_rows(rows=50, counted=(1, 1, 1, 1, 0, 0)), SandwichedBounds(4, block_length=2)
+    of_first = sum(hits(estimator, rollout, n)[:, :2].any(dim=1).long() for n in range(4))
+    assert of_first.tolist() == [2] * 50
 
 
 def test_clean_positions_are_masked_by_each_draw_for_itself():

@@ -67,6 +67,31 @@ def test_seeds_are_averaged_where_all_of_them_are():
     assert curve.x == [2, 3, 4] and curve.mean == pytest.approx([6, 6.5, 7])
 
 
+def test_seeds_that_were_evaluated_once_are_averaged_though_they_took_other_times(save, tmp_path):
+    for seed, (seconds, value) in enumerate([(3.0, 0.25), (5.0, 0.75)]):
+        entries = [{"step": 1, "reward": 0.0, "step_time": seconds, "eval_reward": value}]
+        save(f"runs/seed{seed}", entries, seed=seed)
+    draw(str(tmp_path / "runs"), "--against", "time", "--output_dir", str(tmp_path / "out"))
+    *_, held_out = json.loads((tmp_path / "out/curves.json").read_text())["curves"]
+    assert (held_out["column"], held_out["x"], held_out["mean"]) == ("eval_reward", [4.0], [0.5])
+
+
+def test_seeds_without_a_position_in_common_are_no_line():
+    first, other = (Run("a", [{"step": step, "reward": 0.0}], "x") for step in (1, 2))
+    (group,) = group_runs([first, other])
+    with pytest.raises(ValueError, match="'x': its runs have no steps of 'reward' in common"):
+        make_curve(group, "reward", "steps")
+
+
+def test_held_out_values_stay_as_they_are_where_they_are_what_is_named(save, tmp_path):
+    path = save("a", log([0.0] * 3, held_out=[(1, 0.25), (2, 1.0), (3, 0.5)]))
+    argv = ["--metric", "eval_reward", "--against", "steps", "--output_dir", str(tmp_path / "out")]
+    draw(path, *argv)
+    written = json.loads((tmp_path / "out/curves.json").read_text())
+    assert written["curves"][0]["mean"] == [0.25, 1.0, 0.5] and written["smooth"] == 1
+    assert written["table"][0]["best"] == {"mean": 1.0}
+
+
 def test_a_line_that_ends_before_some_of_its_runs_do_is_said(save, tmp_path, capsys):
     save("m/0", log([0.0, 1.0, 2.0]), seed=0), save("m/1", log([0.0, 1.0]), checkpoint=2, seed=1)
     draw(str(tmp_path / "m"), "--against", "steps", "--output_dir", str(tmp_path / "out"))
@@ -130,6 +155,14 @@ def one_line(capsys, *argv) -> str:
         (
             {"a": (log([0.0]), {"seed": 0}), "b": (log([0.0]), {"seed": 0, "task": "countdown"})},
             ["{}/a", "{}/b"],
+            "RUN='{}/b' and '{}/a' have rewards that are no one scale (task sudoku → countdown). Draw them one by one",
+        ),
+        (
+            {
+                "a": (log([0.0], held_out=[(1, 1.0)]), {"seed": 0}),
+                "b": (log([0.0], held_out=[(1, 1.0)]), {"seed": 0, "task": "countdown"}),
+            },
+            ["{}/a", "{}/b", "--metric", "eval_reward"],
             "RUN='{}/b' and '{}/a' have rewards that are no one scale (task sudoku → countdown). Draw them one by one",
         ),
         (

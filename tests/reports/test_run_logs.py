@@ -35,6 +35,14 @@ def test_the_newest_checkpoint_speaks_for_a_run_that_was_killed(save):
     assert len(run.points("reward")[0]) == 2 and run.seed == 3
 
 
+def test_a_finished_run_that_goes_on_is_read_as_far_as_it_has_come(save):
+    save("a", log([0.0, 1.0])), save("a", log([0.0, 1.0])[:2], checkpoint=2)
+    (finished,) = read_runs([save("a", [{"step": 1, "reward": 5.0}], checkpoint=9)])
+    assert finished.points("reward")[1].tolist() == [0, 1], "what an older run left is not its log"
+    (resumed,) = read_runs([save("a", log([0.0, 1.0, 2.0]), checkpoint=10)])
+    assert resumed.points("reward")[1].tolist() == [0, 1, 2]
+
+
 def test_runs_that_were_moved_aside_are_not_found(save, tmp_path):
     save("runs/a", log([0.0]))
     save("runs/a/_replaced-1", log([1.0]))
@@ -48,6 +56,12 @@ def test_runs_of_other_settings_or_without_any_word_of_them_are_lines_of_their_o
     assert labels(str(tmp_path)) == {"a": [0, 1], "b": [0], "c": [None], "d": [None]}
     assert labels(f"mine={tmp_path}/c", f"mine={tmp_path}/d") == {"mine": [None, None]}
     assert labels(f"{tmp_path}/c", f"c={tmp_path}/d") == {"c": [None], "c (2)": [None]}
+
+
+def test_a_label_has_no_part_of_a_seed(save, tmp_path):
+    for seed in (1, 10, 11):
+        save(f"pkl_4_seed{seed}", log([0.0]), seed=seed)
+    assert labels(str(tmp_path)) == {"pkl_4": [1, 10, 11]}
 
 
 def test_weights_follow_the_seed_only_where_the_seeds_differ(save, tmp_path):

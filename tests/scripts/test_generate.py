@@ -123,13 +123,16 @@ def test_trajectories_are_written_and_scored_by_the_report(model, tmp_path, caps
     [
         ({"canvas_ids": [5, 6, 7, 999, 3, 3]}, r"canvas_ids[3]=999 must be a whole number from 0 to 100"),
         ({"decoding": "backwards"}, "line 1: decoding='backwards' is unknown; choose"),
+        ([{}, {"decoding": "any_order"}], "line 2: decoding='any_order' differs from the first line's, 'denoising'."),
+        ({"cfg_scale": 1.5}, "line 1: cfg_scale=1.5: the estimators do not follow guidance"),
         ({"logprobs": None}, None),
     ],
 )
 def test_a_file_is_read_before_the_model(model, tmp_path, capsys, monkeypatch, change, message):
     line = {"prompt_ids": [5], "canvas_ids": [5, 6, 7, 8, 3, 3], "step_maps": [1, 1, 2, 3, 0, 0], "mask_token_id": 3}
     path = tmp_path / "theirs.jsonl"
-    path.write_text(json.dumps({**line, **change}))
+    changes = change if isinstance(change, list) else [change]
+    path.write_text("".join(json.dumps({**line, **each}) + "\n" for each in changes))
     argv = ["report", "--model_name_or_path", model, "--rollouts", str(path)]
     if message is None:
         cli.main(argv)
@@ -139,6 +142,20 @@ def test_a_file_is_read_before_the_model(model, tmp_path, capsys, monkeypatch, c
     with pytest.raises(SystemExit) as ended:
         cli.main(argv)
     assert ended.value.code == 2 and message in str(ended.value)
+
+
+def test_what_was_drawn_with_guidance_says_so_and_is_not_scored(model, tmp_path):
+    path = str(tmp_path / "guided.jsonl")
+    words = ["generate", "--model_name_or_path", model, "--prompt", "12=", "--save_rollouts", path]
+    cli.main([*words, "--cfg_scale", "1.5"])
+    with pytest.raises(SystemExit, match=r"line 1: cfg_scale=1\.5: the estimators do not follow guidance"):
+        cli.main(["report", "--model_name_or_path", model, "--rollouts", path])
+
+
+def test_a_dry_run_of_the_report_loads_nothing(model, monkeypatch, capsys):
+    monkeypatch.setattr(trajectories, "load_model", lambda args: pytest.fail("the model was loaded"))
+    cli.main(["report", "--model_name_or_path", model, "--task", "sudoku", "--num_examples", "2", "--dry_run"])
+    assert "forwards" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["--task", "sudoku", "--rollouts", "a.jsonl"]])

@@ -43,12 +43,29 @@ LOGGED = {
             {"loss": 0.6, "rewards/accuracies": 0.75, "rewards/margins": 0.1, "entropy": 1.0, "grad_norm": 2.0},
             "step  7/45  loss 0.6  accuracy 0.75  margin 0.1  grad norm 2  2.5 s/step",
         ),
+        ({"eval_reward": 0.25}, "step  7/45  held out  reward 0.25"),
         ({"mine": 3.0, "epoch": 0.1}, "step  7/45  mine 3  2.5 s/step"),
         ({"train_runtime": 163.1, "train_loss": 0.1}, None),
     ],
 )
 def test_a_log_is_a_line_of_five_numbers(logs, line):
     assert log_line(logs, STATE, 2.5) == line
+
+
+def test_seconds_a_step_are_the_mean_of_the_steps_since_the_last_log(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    lines, state = StepLines(), TrainerState(global_step=7, max_steps=45, is_world_process_zero=True)
+    for steps in ((1.0, 3.0), (4.0,), ()):
+        for seconds in steps:
+            lines.on_step_begin(None, state, None)
+            clock[0] += seconds
+            lines.on_step_end(None, state, None)
+            clock[0] += 100.0  # between two steps
+        lines.on_log(None, state, None, logs={"mine": 0})
+    assert capsys.readouterr().out.splitlines() == [
+        f"step  7/45  mine 0{end}" for end in ("  2 s/step", "  4 s/step", "")
+    ]
 
 
 class Recorder(TrainerCallback):
@@ -132,7 +149,7 @@ def finished(tmp_path, log, main=True, best=None, task="sudoku", **args):
     defaults = {"output_dir": str(tmp_path), "metric_for_best_model": None, "load_best_model_at_end": False}
     trainer = SimpleNamespace(state=state, fingerprint=None, model=args.pop("model", object()))
     trainer.args, trainer.is_world_process_zero = SimpleNamespace(**{**defaults, **args}), lambda: main
-    return trainer, SimpleNamespace(task=task, task_kwargs={"min_blanks": 6} if task else None)
+    return trainer, SimpleNamespace(task=task, task_kwargs={"min_blanks": 6} if task else None, data_dir=None)
 
 
 def history(steps: int, evaluated=()) -> list[dict]:
@@ -168,6 +185,12 @@ def test_the_next_command_names_task_adapter_and_base(tmp_path):
         f"trl-dllm eval {model} --task sudoku {kwargs} --output_dir '{tmp_path}/a b/eval'",
     )
     assert generate == f'trl-dllm generate {model} --prompt "…"'
+    trainer, script_args = finished(tmp_path, history(2))
+    script_args.data_dir = "my data"
+    assert (
+        "--task_kwargs '{\"min_blanks\": 6}' --data_dir 'my data' --output_dir"
+        in dict(summary(trainer, script_args))["next"]
+    )
     *_, last = summary(*finished(tmp_path, history(2), task=None))
     assert last == ("next", f'trl-dllm generate --model_name_or_path {tmp_path} --prompt "…"')
 

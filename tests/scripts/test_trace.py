@@ -130,12 +130,15 @@ def test_exact_is_what_the_sampler_saw_however_it_decodes(tmp_path, family, conf
         (["--rollouts", "a.jsonl", "--compare", "m"], r"compare='m' with rollouts='a\.jsonl': the file has its"),
         (["--rollouts", "a.jsonl", "--prompt", "m"], r"prompt=\['m'\] with rollouts"),
         (["--rollouts", "none.jsonl"], r"none\.jsonl"),
+        (["--rollouts", "none.jsonl", "--dry_run"], r"dry_run=True with rollouts='none\.jsonl'"),
         (["--task", "sudoku", "--cfg_scale", "1.5"], r"cfg_scale=1\.5: the estimators do not follow guidance"),
         (
             ["--task", "sudoku", "--output", "."],
             r"output='\.' is a folder; name the file to write, such as trace\.html",
         ),
         (["--task", "sudok"], "did you mean 'sudoku'"),
+        (["--task", "sudoku", "--compare", "no/model"], "compare='no/model' cannot be read"),
+        (["--task", "sudoku", "--compare_adapter", "no/adapter"], "compare_adapter='no/adapter' cannot be read"),
     ],
 )
 def test_what_is_to_be_mended_ends_with_one_line(model, tmp_path, monkeypatch, argv, message):

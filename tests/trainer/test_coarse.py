@@ -1,6 +1,7 @@
 """Half-precision weights that a learning rate cannot move: counted as AdamW moves them, and warned of."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from datasets import Dataset
 
 from trl_dllm import DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.models import create_tiny_model
-from trl_dllm.trainer.coarse import lost_share
+from trl_dllm.trainer.coarse import WarnOfLostSteps, lost_share
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,8 @@ def test_the_share_is_that_of_weights_which_a_step_leaves_where_they_are(dtype, 
 def test_tensors_count_by_their_size():
     still, moved = torch.full((300,), 1.0, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.bfloat16)
     assert lost_share([still, moved], 1e-4) == 0.75
+    large = torch.full((600_000,), 1.0, dtype=torch.bfloat16)
+    assert lost_share([large, moved.repeat(2000)], 1e-4) == 0.75, "of which some elements are looked at"
     assert lost_share([], 1e-4) == lost_share([torch.zeros(0)], 1e-4) == 0.0
     assert lost_share([torch.full((300,), 1.0)], 1e-4) == 0.0, "float32 moves"
 
@@ -61,3 +64,13 @@ def test_a_run_that_would_change_nothing_warns(tmp_path, dtype, learning_rate, o
     assert len(found) == warned
     if warned:
         assert found[0].startswith("learning_rate=1e-06: ") and "dtype: float32" in found[0]
+
+
+@pytest.mark.parametrize(("deepspeed", "frozen", "warned"), [(False, False, 1), (True, False, 0), (False, True, 0)])
+def test_weights_that_are_frozen_or_have_float32_copies_are_none_of_them(deepspeed, frozen, warned):
+    model = torch.nn.Linear(8, 8, dtype=torch.bfloat16).requires_grad_(not frozen)
+    args = SimpleNamespace(optim="adamw_torch", learning_rate=1e-9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WarnOfLostSteps(SimpleNamespace(is_deepspeed_enabled=deepspeed)).on_train_begin(args, None, None, model=model)
+    assert len(caught) == warned

@@ -57,7 +57,8 @@ class Line:
 def make_curve(group: Group, column: str, against: str, smooth: int = 1) -> Curve | None:
     """A group's curve: each run's trailing mean of `smooth` entries, and their mean and band. None without entries.
 
-    The runs are interpolated to each other's positions on the axis, and averaged as far as all of them go.
+    The runs are interpolated to each other's positions on the axis, and averaged as far as all of them go; entry by
+    entry where they have no position in common, but the same steps.
     """
     runs = []
     for run in group.runs:
@@ -76,11 +77,13 @@ def make_curve(group: Group, column: str, against: str, smooth: int = 1) -> Curv
     low, high = max(x[0] for _, x, *_ in runs), min(x[-1] for _, x, *_ in runs)
     grid = np.unique(np.concatenate([x for _, x, *_ in runs]))
     grid = grid[(grid >= low) & (grid <= high)]
-    if not len(grid):
-        raise ValueError(
-            f"{group.label!r}: its runs have no {against} of {column!r} in common. Give them other labels."
-        )
     values = np.stack([np.interp(grid, x, y) for _, x, _, y in runs])
+    if not len(grid):  # a single evaluation, which no two seeds end after the same time
+        if len({tuple(run.points(column)[0]) for run, *_ in runs}) > 1:
+            raise ValueError(
+                f"{group.label!r}: its runs have no {against} of {column!r} in common. Give them other labels."
+            )
+        grid, values = np.mean([x for _, x, *_ in runs], axis=0), np.stack([y for *_, y in runs])
     over = [over_seeds(column_of) for column_of in values.T]
     return Curve(
         group.label,
@@ -167,6 +170,8 @@ def draw_runs(
             print(f"{run.folder} has no {column!r} in its log and is left out.")
     groups = group_runs(chosen)
     check_scale(groups, column)
+    if column.startswith("eval_"):
+        smooth = 1
     rows, lines = make_rows(groups, column, axes, smooth), []
     by_label = {group.label: group for group in groups}
     for cells, name, width in zip(rows, (column, f"eval_{column}"), (smooth, 1), strict=False):

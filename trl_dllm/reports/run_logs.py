@@ -105,7 +105,7 @@ class Group:
 def read_run(folder: str | Path, label: str | None = None) -> Run | None:
     """The run in a folder: its log is in the folder, or, of an unfinished run, in its newest checkpoint.
 
-    None where there is no log.
+    A run that was finished and then resumed to go further is unfinished. None where there is no log.
 
     Raises:
         ValueError: a log that cannot be read.
@@ -114,16 +114,22 @@ def read_run(folder: str | Path, label: str | None = None) -> Run | None:
     numbered = [
         (int(path.name.split("-")[-1]), path) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()
     ]
-    for place in (folder, *(path for _, path in sorted(numbered, reverse=True))):
-        if (place / STATE).is_file():
-            try:
-                log = json.loads((place / STATE).read_text())["log_history"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{place / STATE} cannot be read ({error}). Delete the file, or name other runs."
-                ) from error
-            return Run(folder, log, label, Fingerprint.read(folder) or Fingerprint.read(place))
-    return None
+    saved = next(((n, path) for n, path in sorted(numbered, reverse=True) if (path / STATE).is_file()), None)
+    place, log = None, []
+    if (folder / STATE).is_file():
+        place, log = folder, _read_log(folder)
+    if saved is not None and saved[0] > max((entry.get("step", 0) for entry in log), default=-1):
+        further = _read_log(saved[1])
+        if place is None or further[:1] == log[:1]:  # else an older run's, in the folder of another
+            place, log = saved[1], further
+    return Run(folder, log, label, Fingerprint.read(folder) or Fingerprint.read(place)) if place else None
+
+
+def _read_log(place: Path) -> list[dict]:
+    try:
+        return json.loads((place / STATE).read_text())["log_history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{place / STATE} cannot be read ({error}). Delete the file, or name other runs.") from error
 
 
 def read_runs(words: Sequence[str]) -> list[Run]:
@@ -263,6 +269,8 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         names = [str(run.folder.resolve().relative_to(base)) for run in group] if group[0].label is None else []
         label = group[0].label or os.path.commonprefix(names)  # noqa: RUF071  letters are meant, not folders
         if len(names) > 1:
+            if any(name[len(label) :][:1].isdigit() for name in names):  # of seeds 10 and 11 it would be seed 1
+                label = label.rstrip("0123456789")
             label = re.sub(r"(^|[-_./]+)(seed|s)?[-_./=]*$", "", label) or base.name
         number = next(n for n in range(1, len(groups) + 1) if _numbered(label, n) not in labels)
         labels.append(_numbered(label, number))
@@ -275,7 +283,7 @@ def _numbered(label: str, number: int) -> str:
 
 def check_scale(groups: Sequence[Group], column: str) -> None:
     """Raise ValueError where rewards are compared that are no one scale: other tasks, or other reward functions."""
-    if not column.startswith("reward"):
+    if not column.removeprefix("eval_").startswith("reward"):
         return
     first, *others = (group.runs[0] for group in groups)
     for run in others:

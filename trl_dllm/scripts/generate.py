@@ -6,6 +6,7 @@ trl-dllm generate --model_name_or_path runs/demo/grpo --max_new_tokens 16 --prom
 import argparse
 import sys
 from dataclasses import fields
+from typing import Any
 
 from transformers.hf_argparser import DataClassType, HfArgumentParser
 
@@ -104,7 +105,8 @@ def main(args: argparse.Namespace) -> list[str]:
     for prompt, text in zip(args.prompt, texts, strict=True):
         print(f"{prompt}{text}")
     if args.save_rollouts:
-        facts = {"decoding": config.decoding, "block_length": config.block_length}
+        facts: dict[str, Any] = {"decoding": config.decoding, "block_length": config.block_length}
+        facts |= {"cfg_scale": config.cfg_scale} if config.cfg_scale else {}
         write_rollout(args.save_rollouts, rollout, tokenizer, **facts)
     return texts
 

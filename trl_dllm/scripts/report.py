@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 
 from trl_dllm.command import Parser, count, run_script
+from trl_dllm.reports.dry_run import dry_run_decoding
 from trl_dllm.scripts.generate import generation_parser
 from trl_dllm.scripts.trajectories import add_source, draw, load_task, read_stored, scored_config
 
@@ -43,6 +44,10 @@ def main(args: argparse.Namespace) -> list:
 
     if (args.task is None) == (args.rollouts is None):
         raise ValueError("Name a task (--task) to draw trajectories for, or a file (--rollouts) that has some.")
+    if args.dry_run and not args.rollouts:
+        config, (_, dataset) = scored_config(args), load_task(args)
+        dry_run_decoding("report", args.model_name_or_path, config, len(dataset), args.batch_size, args.dtype)
+        return []
     model, rollout, facts = _stored(args) if args.rollouts else _drawn(args)
     if args.loss_tokens == "canvas":
         rollout = replace(rollout, counted=rollout.revealed)

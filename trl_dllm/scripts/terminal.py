@@ -171,6 +171,7 @@ def summary(trainer, script_args) -> list[tuple[str, str]]:
         model = f"{shlex.quote(str(base))} --adapter {model}"
     if script_args.task is not None:
         kwargs = f" --task_kwargs {shlex.quote(json.dumps(script_args.task_kwargs))}" * bool(script_args.task_kwargs)
+        kwargs += f" --data_dir {shlex.quote(script_args.data_dir)}" if script_args.data_dir else ""
         out = shlex.quote(str(folder / "eval"))
         rows.append(
             (

@@ -53,6 +53,7 @@ def main(args: argparse.Namespace) -> Path:
         if args.compare or args.compare_adapter:
             other = {"model_name_or_path": args.compare or args.model_name_or_path, "adapter": args.compare_adapter}
             compared.append(argparse.Namespace(**{**vars(args), **other}))
+            _check_compared(args)
         configs = [scored_config(one) for one in compared]  # before a model loads
         task, rows, prompts = _prompts(args)
         if args.dry_run:
@@ -67,6 +68,26 @@ def main(args: argparse.Namespace) -> Path:
     left = f"; {len(data['examples']) - shown} more would make it too large" if shown < len(data["examples"]) else ""
     print(f"{shown} completions{left}: open {path} in a browser.")
     return path
+
+
+def _check_compared(args: argparse.Namespace) -> None:
+    """Raise OSError or ValueError, before the first model has drawn, where the other one is not there."""
+    if args.compare:
+        from transformers import AutoConfig
+
+        import trl_dllm  # noqa: F401  registers the model families
+
+        try:
+            AutoConfig.from_pretrained(args.compare)
+        except OSError as error:
+            raise OSError(f"compare={args.compare!r} cannot be read: {error}") from error
+    if args.compare_adapter:
+        from peft import PeftConfig
+
+        try:
+            PeftConfig.from_pretrained(args.compare_adapter)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"compare_adapter={args.compare_adapter!r} cannot be read: {error}") from error
 
 
 def _prompts(args: argparse.Namespace) -> tuple:

@@ -59,13 +59,19 @@ def read_stored(args: argparse.Namespace) -> tuple[Any, Any, Rollout, list[dict[
     """Model, tokenizer, the trajectories of a file, which is read first, and its lines, whose `decoding` is filled in.
 
     Raises:
-        ValueError: a file or a line that is no trajectory of the model's vocabulary.
+        ValueError: a file or a line that is no trajectory of the model's vocabulary, lines of several decodings,
+            trajectories that were drawn with guidance, and a dry run.
     """
     from transformers import AutoConfig
 
     import trl_dllm  # noqa: F401  registers the model families
     from trl_dllm.step_maps import read_lines, read_rollout
 
+    if args.dry_run:
+        raise ValueError(
+            f"dry_run=True with rollouts={args.rollouts!r}: it says what decoding costs, and the file's are decoded. "
+            "Leave out one of both."
+        )
     vocabulary = AutoConfig.from_pretrained(args.model_name_or_path).get_text_config().vocab_size
     rollout = read_rollout(args.rollouts, vocab_size=vocabulary)
     lines = read_lines(args.rollouts)
@@ -73,5 +79,12 @@ def read_stored(args: argparse.Namespace) -> tuple[Any, Any, Rollout, list[dict[
     decoding = first.setdefault("decoding", "denoising")
     (choices,) = (f.metadata["choices"] for f in fields(DecodingArguments) if f.name == "decoding")
     check_choice(f"{where}decoding", decoding, choices)
+    for where, line in lines:
+        if (found := line.get("decoding", "denoising")) != decoding:
+            raise ValueError(f"{where}decoding={found!r} differs from the first line's, {decoding!r}. Split the file.")
+        if line.get("cfg_scale"):
+            raise ValueError(
+                f"{where}cfg_scale={line['cfg_scale']!r}: the estimators do not follow guidance; draw without it."
+            )
     model, tokenizer = load_model(args)
     return model, tokenizer, rollout.to(model.device), [line for _, line in lines]
