@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 
 from trl_dllm import DiffusionSFTConfig, DiffusionSFTTrainer
 from trl_dllm.models import create_tiny_model
@@ -26,8 +27,9 @@ def test_the_share_is_that_of_weights_which_a_step_leaves_where_they_are(dtype, 
 
 
 def test_tensors_count_by_their_size():
-    still, moved = torch.full((300,), 1.0, dtype=torch.bfloat16), torch.zeros(100, dtype=torch.bfloat16)
+    still, moved = torch.full((300,), 1.0, dtype=torch.bfloat16), torch.full((100,), 1e-3, dtype=torch.bfloat16)
     assert lost_share([still, moved], 1e-4) == 0.75
+    assert lost_share([still, torch.zeros(900, dtype=torch.bfloat16)], 1e-4) == 1.0, "zeros say nothing of what comes"
     large = torch.full((600_000,), 1.0, dtype=torch.bfloat16)
     assert lost_share([large, moved.repeat(2000)], 1e-4) == 0.75, "of which some elements are looked at"
     assert lost_share([], 1e-4) == lost_share([torch.zeros(0)], 1e-4) == 0.0
@@ -74,3 +76,14 @@ def test_weights_that_are_frozen_or_have_float32_copies_are_none_of_them(deepspe
         warnings.simplefilter("always")
         WarnOfLostSteps(SimpleNamespace(is_deepspeed_enabled=deepspeed)).on_train_begin(args, None, None, model=model)
     assert len(caught) == warned
+
+
+@pytest.mark.parametrize(("quantised", "remedy"), [(True, "--accelerate_config zero2"), (False, "dtype: float32")])
+def test_an_adapter_that_trl_has_made_bfloat16_is_told_what_helps_it(quantised, remedy):
+    """B begins at 0 and moves at first; A is what a step of 3e-6 rounds to nothing."""
+    model, _ = create_tiny_model(hidden_size=16, num_layers=1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"])).to(torch.bfloat16)
+    model.base_model.model.is_loaded_in_4bit = quantised
+    warn = WarnOfLostSteps(SimpleNamespace(is_deepspeed_enabled=False))
+    with pytest.warns(UserWarning, match=f"rounds to nothing.*{remedy}"):
+        warn.on_train_begin(SimpleNamespace(optim="adamw_torch", learning_rate=3e-6), None, None, model=model)

@@ -14,6 +14,14 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 
+OF_WEIGHTS = (
+    "Load them as float32 (dtype: float32; bf16: true still multiplies in bfloat16), train under DeepSpeed, which has "
+    "float32 copies, or train an adapter."
+)
+OF_ADAPTERS = (
+    "TRL makes adapters on quantised weights bfloat16, as QLoRA's are. Train under DeepSpeed, which has float32 "
+    "copies (--accelerate_config zero2, on one GPU as well), or leave load_in_4bit out."
+)
 _MOST = 100_000  # elements of a tensor that are looked at
 _HALF = (torch.bfloat16, torch.float16)
 _BY_LEARNING_RATE = ("adam", "lion")  # optimizers whose steps are about as large as it
@@ -22,10 +30,11 @@ _BY_LEARNING_RATE = ("adam", "lion")  # optimizers whose steps are about as larg
 def lost_share(parameters: Iterable[Tensor], learning_rate: float) -> float:
     """The share of weights, 0 to 1, that a step of `learning_rate` rounds back to where they are; 0 if there are none.
 
-    A weight in [2^e, 2^(e+1)) of a type with `eps` has its neighbours eps · 2^e away. Of a tensor, evenly spread
-    elements are looked at, 100,000 or all.
+    Weights of 0 do not count: any step moves them, until they are as large as others. A weight in [2^e, 2^(e+1)) of a
+    type with `eps` has its neighbours eps · 2^e away. Of a tensor, evenly spread elements are looked at, 100,000 or
+    all.
     """
-    lost, total = 0.0, 0
+    lost, total = 0.0, 0.0
     for parameter in parameters:
         weights = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().flatten()
         if not weights.numel():
@@ -34,7 +43,7 @@ def lost_share(parameters: Iterable[Tensor], learning_rate: float) -> float:
         _, exponent = torch.frexp(seen)  # of a mantissa in [1/2, 1)
         half = torch.ldexp(torch.full_like(seen, torch.finfo(weights.dtype).eps / 4), exponent)
         lost += float(((half > learning_rate) & (seen != 0)).float().mean()) * len(weights)
-        total += len(weights)
+        total += float((seen != 0).float().mean()) * len(weights)
     return lost / max(1, total)
 
 
@@ -55,10 +64,10 @@ class WarnOfLostSteps(TrainerCallback):
         trained = [p for p in model.parameters() if p.requires_grad and p.dtype in _HALF]
         share = lost_share(trained, args.learning_rate)
         if share > 0.5:
+            quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
             kind = str(trained[0].dtype).removeprefix("torch.")
             warnings.warn(
                 f"learning_rate={args.learning_rate:g}: {share:.0%} of the {kind} weights that are trained are so "
-                "large that a step of that size rounds to nothing, and the run will change little. Load them as "
-                "float32 (dtype: float32; bf16: true still multiplies in bfloat16), train under DeepSpeed, which has "
-                "float32 copies, or train an adapter."
+                "large that a step of that size rounds to nothing, and the run will change little. "
+                + (OF_ADAPTERS if quantised else OF_WEIGHTS)
             )
