@@ -222,13 +222,16 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
     if not runs:
         raise ValueError(f"{logs} holds no log. Train first: python benchmarks/language.py --flops 6e13")
     arms = [(model, words) for model in MODELS for words in (3, 0) if _of(runs, model, words)]
-    size = (6.4 * len(arms), 4)
-    figure, axes = pyplot().subplots(1, len(arms), figsize=size, dpi=130, squeeze=False, sharey=True)
+    columns, rows = min(2, len(arms)), math.ceil(len(arms) / 2)
+    size = (6.2 * columns, 3.8 * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, dpi=130, squeeze=False, sharey=True)
+    for ax in axes.flat[len(arms) :]:
+        ax.remove()
     table = []
     print("| model | prompts | method | seeds | steps | before | after | of each seed | distinct-2 | nats |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     panels = []
-    for ax, (model, words) in zip(axes[0], arms, strict=True):
+    for ax, (model, words) in zip(axes.flat, arms, strict=False):
         ends = []
         for name in MODELS[model].methods:
             found = [run for run in _of(runs, model, words) if run[0]["method"] == name]
@@ -257,7 +260,8 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
         ax.grid(alpha=0.3)
         panels.append((ax, ends))
     print_claims(runs, arms)
-    axes[0][0].set_ylabel("training reward (VADER), mean of the last 5 steps")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("training reward (VADER), mean of the last 5 steps", fontsize=8)
     figure.tight_layout()
     figure.subplots_adjust(wspace=0.4, right=0.86)
     for ax, ends in panels:
