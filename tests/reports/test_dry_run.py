@@ -251,3 +251,13 @@ def test_every_recipe_is_measured_within_a_minute(name, measured, no_gpu, no_hub
     assert 0 < totals["zero2"] <= totals["ddp"]
     if name.startswith("llada_8b"):
         assert 3 < totals["fsdp2"] < totals["ddp"] < 110
+
+
+def test_what_the_recipe_says_of_the_model_is_measured(tmp_path):
+    """A block-causal model is decoded in its own blocks: 8 are refused for blocks of 4, and taken once it has them."""
+    create_tiny_model("sdar", hidden_size=16, num_layers=1, block_size=4)[0].config.save_pretrained(tmp_path)
+    settings = {"estimator": "step_merge", "stop_at_eos": "false"}
+    with pytest.raises(ValueError, match="block_length=8"):
+        dry_run.measure("grpo", *parse(str(tmp_path), **settings)[1:])
+    given = {**settings, "model_init_kwargs": json.dumps({"block_size": 8})}
+    assert dry_run.measure("grpo", *parse(str(tmp_path), **given)[1:]).flops

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,14 @@ def test_a_summary_names_the_model_and_what_it_is(model, tmp_path):
     summary = json.loads((tmp_path / "eval" / SUMMARY).read_text())
     assert summary["model"] == str(model) and summary["adapter"] is None and summary["mask_token_id"] == 3
     assert len(summary["weights"]) == 32 and summary["split"] == "test" and torch.get_num_threads() == 1
+
+
+def test_programs_that_may_not_run_are_refused_before_anything_is_drawn(model, tmp_path, monkeypatch):
+    def refused(text, row):
+        raise PermissionError("TRL_DLLM_ALLOW_CODE_EXECUTION")
+
+    task = replace(evaluation.find_task("sudoku"), score=refused, parsers={})
+    monkeypatch.setattr(evaluation, "find_task", lambda name: task)
+    no_weights(monkeypatch)
+    with pytest.raises(PermissionError, match="ALLOW_CODE_EXECUTION"):
+        run(model, tmp_path / "out")

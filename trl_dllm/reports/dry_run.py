@@ -105,9 +105,10 @@ def count_parameters(config) -> int:
 
 def measure(command: str, args, model_args) -> "Measured":
     """What a step takes on one process."""
+    from ..trainer.stock import with_facts
     from . import fake  # and with it the trainers
 
-    config = read_config(model_args.model_name_or_path)
+    config = with_facts(read_config(model_args.model_name_or_path), args)
     measures = {"grpo": fake.measure_grpo, "sft": fake.measure_sft, "dpo": fake.measure_dpo}
     return measures[command](args, model_args, config)
 

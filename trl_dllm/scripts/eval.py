@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> dict:
         for config in configs.values():
             facts = dry_run_decoding("eval", args.model_name_or_path, config, rows, args.batch_size, args.dtype)
         return facts
+    task.parsers[args.parser]("", dataset[0])  # before an hour of decoding: may programs run, and is there a sandbox?
     settings = {"split": args.split, "task_kwargs": args.task_kwargs, "protocol": args.protocol}
     if args.stop_strings:
         settings["stop_strings"] = args.stop_strings

@@ -168,6 +168,14 @@ def hub_kwargs(args) -> dict[str, Any]:
     return {"revision": init_kwargs.get("revision"), "trust_remote_code": trust}
 
 
+def with_facts(config, args):
+    """A config that is given what `model_init_kwargs` say of the model, as `from_pretrained` will."""
+    for name, value in (args.model_init_kwargs or {}).items():
+        if name in FACTS and hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
 def read_config(model, args):
     """The config of a model that is given by name or in memory, before any weight is loaded."""
     if isinstance(model, str):
@@ -175,10 +183,7 @@ def read_config(model, args):
             config = AutoConfig.from_pretrained(model, **hub_kwargs(args))
         except OSError as error:  # which without a network does not say what it was looking for
             raise OSError(f"model_name_or_path={model!r} cannot be read: {error}") from error
-        for name, value in (args.model_init_kwargs or {}).items():
-            if name in FACTS and hasattr(config, name):  # as `from_pretrained` will
-                setattr(config, name, value)
-        return config
+        return with_facts(config, args)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a name or a transformers model, got {type(model).__name__}.")
     config = unwrap(model).config
