@@ -99,7 +99,8 @@ class SandwichedBounds(Estimator):
         before = block < current
         # What no loss counts is not shown from the drawn block on: the bounds are of the counted tokens.
         visible = (before & rollout.revealed & ~(hit & counted)) | (inside & ~chosen)
-        return visible, counted & ~visible
+        masked = counted & ~visible
+        return visible, masked & False if n >= self.num_samples else masked
 
     def _weight(self, rollout: Rollout, masked: Tensor) -> Tensor:
         """w / M at masked positions, 0 elsewhere, (B, L)."""
