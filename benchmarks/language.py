@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from kept_logs import is_done, read_log, write_log
-from over_seeds import Interval, over_seeds
+from over_seeds import difference, over_seeds
 from transformers import TrainerCallback
 
 from trl_dllm.command import count
@@ -171,33 +171,26 @@ def _error(measures: dict) -> float:
     return (measures["high"] - measures["low"]) / (2 * 1.96)
 
 
-def after(runs: list[tuple]) -> dict[str, float]:
+def _scores(runs: list[tuple], when: str = "after") -> dict[int, tuple[float, float]]:
+    """By seed, the held-out score of one method's runs and its standard error."""
+    return {facts["seed"]: (end[when]["mean"], _error(end[when])) for facts, _, end in runs}
+
+
+def pooled(runs: list[tuple]) -> dict[str, float]:
     """Held-out measures at the end of one method's seeds: means, and the score's interval over seeds."""
     ends = [end["after"] for _, _, end in runs]
     mean = {key: sum(each[key] for each in ends) / len(ends) for key in ends[0]}
-    score = over_seeds([each["mean"] for each in ends], [_error(each) for each in ends])
+    values, errors = zip(*_scores(runs).values(), strict=True)
+    score = over_seeds(values, errors)
     return {**mean, "low": score.low, "high": score.high}
-
-
-def difference(one: list[tuple], other: list[tuple] | None) -> Interval | None:
-    """Held-out score of `one` method's seeds minus that of another's, or of the base; None without a common seed."""
-    a = {facts["seed"]: end["after"] for facts, _, end in one}
-    b = {facts["seed"]: end["before" if other is None else "after"] for facts, _, end in other or one}
-    seeds = sorted(a.keys() & b.keys())
-    if not seeds:
-        return None
-    values, own, theirs = zip(*((a[s]["mean"] - b[s]["mean"], _error(a[s]), _error(b[s])) for s in seeds), strict=True)
-    if other is None:  # all seeds have one base
-        return over_seeds(values, own, shared=theirs[0])
-    return over_seeds(values, [math.hypot(*pair) for pair in zip(own, theirs, strict=True)])
 
 
 def interval(measures: dict) -> str:
     return f"{measures['mean']:.2f} ({measures['low']:.2f} to {measures['high']:.2f})"
 
 
-def _of(runs: list[tuple], model: str, words: int) -> list[tuple]:
-    return [run for run in runs if (run[0]["model"], run[0]["prompt_words"]) == (model, words)]
+def _of(runs: list[tuple], **facts: Any) -> list[tuple]:
+    return [run for run in runs if facts.items() <= run[0].items()]
 
 
 def print_claims(runs: list[tuple], arms: list[tuple[str, int]]) -> None:
@@ -205,9 +198,10 @@ def print_claims(runs: list[tuple], arms: list[tuple[str, int]]) -> None:
     print("\n| claim | model | prompts | difference in score | |\n|---|---|---|---|---|")
     for source, one, other, more in CLAIMS:
         for model, words in arms:
-            a, b = ([run for run in _of(runs, model, words) if run[0]["method"] == name] for name in (one, other))
-            found = difference(a, b if other else None) if a and (b or not other) else None
-            if found:
+            arm = _of(runs, model=model, prompt_words=words)
+            ours = _of(arm, method=one)
+            theirs = _scores(_of(arm, method=other)) if other else _scores(ours, "before")
+            if found := difference(_scores(ours), theirs, one_base=other is None):
                 said = f"{one} {'above' if more else 'no higher than'} {other or 'the base'}"
                 verdict = found.verdict(more)
                 print(f"| {source}: {said} | {MODELS[model].title} | {words or 'none'} | {found.text()} | {verdict} |")
@@ -221,7 +215,7 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
     runs = [read_log(path) for path in sorted(logs.glob("*.jsonl"))]
     if not runs:
         raise ValueError(f"{logs} holds no log. Train first: python benchmarks/language.py --flops 6e13")
-    arms = [(model, words) for model in MODELS for words in (3, 0) if _of(runs, model, words)]
+    arms = [(model, words) for model in MODELS for words in (3, 0) if _of(runs, model=model, prompt_words=words)]
     columns, rows = min(2, len(arms)), math.ceil(len(arms) / 2)
     size = (6.2 * columns, 3.8 * rows)
     figure, axes = pyplot().subplots(rows, columns, figsize=size, dpi=130, squeeze=False, sharey=True)
@@ -234,7 +228,7 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
     for ax, (model, words) in zip(axes.flat, arms, strict=False):
         ends = []
         for name in MODELS[model].methods:
-            found = [run for run in _of(runs, model, words) if run[0]["method"] == name]
+            found = _of(runs, model=model, prompt_words=words, method=name)
             if not found:
                 continue
             lines = []
@@ -246,7 +240,7 @@ def draw(logs: Path, figure_path: Path) -> list[tuple]:
             mean = np.mean([np.interp(grid, *line) for line in lines], axis=0)
             ax.plot(grid, mean, color=COLORS[name], linewidth=2)
             ends.append((grid[-1], mean[-1], name.removeprefix("masked "), COLORS[name]))
-            before, end = found[0][2]["before"], after(found)
+            before, end = found[0][2]["before"], pooled(found)
             taken = sum(len(steps) for _, steps, _ in found) / len(found)
             table.append((model, words, name, len(found), before["mean"], end["mean"]))
             each = ", ".join(f"{one['after']['mean']:.2f}" for _, _, one in found)

@@ -1,11 +1,13 @@
 """What a few seeds say of a difference: its mean, its 95 % interval, and whether a claim holds."""
 
 import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trl_dllm.reports.samples import t_quantile
+from trl_dllm.reports import curves
+
+
+Scores = Mapping[int, tuple[float, float]]  # by seed: a score and its standard error over examples
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,19 @@ class Interval:
 
 def over_seeds(values: Sequence[float], errors: Sequence[float], shared: float = 0) -> Interval:
     """Of one value a seed and its standard error over examples; `shared` is that of the one base of all seeds."""
-    mean, number = statistics.fmean(values), len(values)
-    half = 1.96 * math.hypot(*errors) / number
-    if number > 1:
-        half = max(half, t_quantile(number - 1) * statistics.stdev(values) / math.sqrt(number))
+    student = curves.over_seeds(values)
+    mean = student["mean"]
+    half = max(1.96 * math.hypot(*errors) / len(values), student.get("high", mean) - mean)
     half = math.hypot(half, 1.96 * shared)
     return Interval(mean, mean - half, mean + half, tuple(values))
+
+
+def difference(one: Scores, other: Scores, one_base: bool = False) -> Interval | None:
+    """`one` minus `other`, seed by seed; None without a common seed. With `one_base`, `other` is that of all seeds."""
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        return None
+    differences = [one[seed][0] - other[seed][0] for seed in seeds]
+    if one_base:
+        return over_seeds(differences, [one[seed][1] for seed in seeds], shared=other[seeds[0]][1])
+    return over_seeds(differences, [math.hypot(one[seed][1], other[seed][1]) for seed in seeds])

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from any_order_segments import AnyOrderSegments
 from kept_logs import is_done, read_log, write_log
-from over_seeds import Interval, over_seeds
+from over_seeds import Interval, difference, over_seeds
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from trl_dllm.command import count
@@ -397,15 +397,8 @@ class Results:
 
     def difference(self, task: str, one: Method, other: Method, mark: float, other_mark: float | None = None):
         """Solve rate of `one` minus that of `other`, seed by seed; None without a common seed."""
-        a = self.rates(task, one, mark)
-        b = self.rates(task, other, mark if other_mark is None else other_mark)
-        seeds = sorted(a.keys() & b.keys())
-        if not seeds:
-            return None
-        differences = [a[seed][0] - b[seed][0] for seed in seeds]
-        if other_mark == 0:  # all seeds have one base
-            return over_seeds(differences, [a[seed][1] for seed in seeds], shared=b[seeds[0]][1])
-        return over_seeds(differences, [math.hypot(a[seed][1], b[seed][1]) for seed in seeds])
+        theirs = self.rates(task, other, mark if other_mark is None else other_mark)
+        return difference(self.rates(task, one, mark), theirs, one_base=other_mark == 0)
 
     def flops_a_step(self, task: str, method: Method) -> float:
         return statistics.fmean(steps[-1]["flops"] / len(steps) for _, steps, _ in self.of(task, method).values())

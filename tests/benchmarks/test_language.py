@@ -99,13 +99,14 @@ def run_of(method: str, seed: int, before: float, after: float) -> tuple:
 def test_methods_are_compared_over_common_seeds_and_all_with_one_base(capsys):
     one = [run_of("AnyOrder", seed, 0.1, value) for seed, value in enumerate((0.5, 0.6, 0.9))]
     other = [run_of("DDPO", seed, 0.1, value) for seed, value in enumerate((0.4, 0.7))]
-    assert comparison.difference(one, other).values == pytest.approx((0.1, -0.1))
-    base = comparison.difference(one, None)
+    ours, base = comparison._scores(one), comparison._scores(one, "before")
+    assert comparison.difference(ours, comparison._scores(other)).values == pytest.approx((0.1, -0.1))
+    base = comparison.difference(ours, base, one_base=True)
     student = 4.303 * 0.2081666 / 3**0.5
     assert base.mean == pytest.approx(1.7 / 3) and base.high - base.mean == pytest.approx(
         (student**2 + 0.098**2) ** 0.5, abs=1e-4
     )
-    assert comparison.difference(one, [run_of("DDPO", 5, 0.1, 0.3)]) is None
+    assert comparison.difference(ours, comparison._scores([run_of("DDPO", 5, 0.1, 0.3)])) is None
     comparison.print_claims([*one, *other], [("blocks1", 3)])
     said = capsys.readouterr().out.splitlines()[3:]
     assert [line.split(" | ")[0] for line in said] == [
