@@ -34,16 +34,16 @@ def lost_share(parameters: Iterable[Tensor], learning_rate: float) -> float:
     type with `eps` has its neighbours eps · 2^e away. Of a tensor, evenly spread elements are looked at, 100,000 or
     all.
     """
-    lost = total = 0
+    lost, total = 0.0, 0.0
     for parameter in parameters:
         weights = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).detach().flatten()
-        each = max(1, len(weights) // _MOST)  # weights that an element speaks for
-        seen = weights[::each].float()
-        seen = seen[seen != 0]
+        if not weights.numel():
+            continue
+        seen = weights[:: max(1, len(weights) // _MOST)].float()
         _, exponent = torch.frexp(seen)  # of a mantissa in [1/2, 1)
         half = torch.ldexp(torch.full_like(seen, torch.finfo(weights.dtype).eps / 4), exponent)
-        lost += each * int((half > learning_rate).sum())
-        total += each * len(seen)
+        lost += float(((half > learning_rate) & (seen != 0)).float().mean()) * len(weights)
+        total += float((seen != 0).float().mean()) * len(weights)
     return lost / max(1, total)
 
 
